@@ -1,0 +1,1 @@
+"""The model repository of gRefCOCO: ReLA for GRES and GREC as transformers classes."""
