@@ -1,0 +1,30 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the suite. Both make their own environment.
+PYTHON ?= python3
+LEVEL ?= easy
+RECIPE ?= recipes/demo.yaml
+OUT ?= runs/demo
+TRAIN_FLAGS ?=
+SCENES_FLAGS ?= --train 2000 --val 150 --testA 150 --testB 150
+BIN = .venv/bin
+
+.PHONY: demo test lint clean
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python demo/scenes.py data/scenes-$(LEVEL) --level $(LEVEL) $(SCENES_FLAGS)
+	$(BIN)/python grefcoco.py build --annotations data/scenes-$(LEVEL) --images data/scenes-$(LEVEL)/train2014 --out data/$(LEVEL)
+	$(BIN)/python train.py $(RECIPE) --dataset data/$(LEVEL) --output_dir $(OUT) $(TRAIN_FLAGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv data runs build dist *.egg-info

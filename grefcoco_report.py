@@ -1,0 +1,157 @@
+"""What a person looks at after a run: prediction grids, learning curves and the report page.
+
+It draws from plain numbers and arrays; measuring is the work of `evaluate/`, reading that of `grefcoco.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CURVES = (("gIoU", 1, "#f0386b"), ("cIoU", 1, "#8a5cf0"), ("N_acc", 100, "#d99000"), ("T_acc", 100, "#2e9e5b"))
+TRUTH_COLOUR, PREDICTION_COLOUR = "#00b3a4", "#f0386b"
+GOOD, BAD = "#2e9e5b", "#c8323c"
+# gIoU, cIoU of the published models (ReLA paper, table of GRES results); val, testA, testB.
+PUBLISHED_GRES = {
+    "ReLA Swin-B": {"val": (63.60, 62.42), "testA": (70.03, 69.26), "testB": (61.02, 59.88)},
+    "ReLA Swin-T": {"val": (56.86, 57.73)},
+    "ReLA ResNet-50": {"val": (38.62, 39.53)},
+}
+
+
+@dataclass
+class Sample:
+    """One sentence, its truth and a model's answer. Masks are (height, width) bool at the image's own size."""
+
+    image: Image.Image
+    sentence: str
+    truth: np.ndarray
+    prediction: np.ndarray
+    no_target: bool
+    predicted_no_target: bool
+    num_targets: int = 0
+
+    @property
+    def iou(self) -> float:
+        """IoU in 0..1 as the published evaluator scores it: 1 or 0 when nothing is there or nothing is found."""
+        if self.no_target or self.predicted_no_target:
+            return float(self.no_target and self.predicted_no_target)
+        union = np.logical_or(self.truth, self.prediction).sum()
+        return float(np.logical_and(self.truth, self.prediction).sum() / union) if union else 0.0
+
+
+def overlay(image: Image.Image, mask: np.ndarray, colour: str, strength: float = 0.55) -> np.ndarray:
+    """Paint `mask` (height, width) over `image` and dim the rest; returns (height, width, 3) uint8."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    tint = np.array(matplotlib.colors.to_rgb(colour), dtype=np.float32) * 255
+    dimmed = pixels * 0.62
+    painted = pixels * (1 - strength) + tint * strength
+    inside = mask[..., None]
+    return np.where(inside, painted, dimmed).round().astype(np.uint8)
+
+
+def draw_predictions(samples: list[Sample], path: Path, columns: int = 3) -> None:
+    """Save a PNG grid of samples, each as image, truth and prediction side by side under its sentence."""
+    rows = -(-len(samples) // columns)
+    figure = plt.figure(figsize=(columns * 4.9, rows * 2.15 + 0.5), layout="constrained")
+    blocks = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
+    for block, sample in zip(blocks.flat, samples):
+        _draw_sample(block, sample)
+    save_figure(figure, path, dpi=110)
+
+
+def draw_learning_curve(history: list[dict], path: Path) -> None:
+    """Plot the loss and the metrics measured along the way; `history` rows hold `step` with `loss` or metrics."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
+    left.plot(*zip(*losses) if losses else ([], []), color="#555", linewidth=1)
+    left.set(xlabel="step", ylabel="training loss", yscale="log" if losses else "linear")
+    points = [row for row in history if "gIoU" in row]
+    steps = [row["step"] for row in points]
+    for key, scale, colour in CURVES:
+        right.plot(steps, [row[key] * scale for row in points], "o-", markersize=3, color=colour, label=key)
+    right.set(xlabel="step", ylabel="%", ylim=(0, 101))
+    right.legend(frameon=False, ncols=2, loc="lower right")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    save_figure(figure, path, dpi=120)
+
+
+def metrics_table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown table of GRES results, a named row each: IoUs and Pr in %, accuracies in 0..1, as published."""
+    keys = ["gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
+    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for name, metrics in rows.items():
+        cells = [_cell(key, metrics.get(key)) for key in keys]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def published_rows(split: str) -> dict[str, dict[str, float]]:
+    """The published numbers of `split` in the form `metrics_table` takes; empty for a split without any."""
+    found = {name: splits[split] for name, splits in PUBLISHED_GRES.items() if split in splits}
+    return {f"{name} (published, real gRefCOCO)": {"gIoU": g, "cIoU": c} for name, (g, c) in found.items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_figure(figure: plt.Figure, path: Path, dpi: int) -> None:
+    """Save a matplotlib figure as PNG whole or not at all, and close it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=dpi)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _draw_sample(block: plt.SubFigure, sample: Sample) -> None:
+    right = sample.iou >= 0.7
+    block.set_facecolor("#f4faf6" if right else "#fdf3f3")
+    score = "none" if sample.predicted_no_target else f"IoU {sample.iou * 100:.0f}"
+    block.suptitle(_shorten(sample.sentence), fontsize=9, fontweight="bold", color="#222", x=0.02, ha="left")
+    original, truth, prediction = block.subplots(1, 3)
+    original.imshow(sample.image.convert("RGB"))
+    _panel_title(original, f"{sample.num_targets} target{'s' * (sample.num_targets != 1)}", "#444")
+    _draw_answer(truth, sample.image, sample.truth, sample.no_target, TRUTH_COLOUR)
+    _panel_title(truth, "truth", TRUTH_COLOUR)
+    _draw_answer(prediction, sample.image, sample.prediction, sample.predicted_no_target, PREDICTION_COLOUR)
+    _panel_title(prediction, f"{'✓' if right else '✗'} {score}", GOOD if right else BAD)
+    for axes in (original, truth, prediction):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+
+
+def _draw_answer(axes: plt.Axes, image: Image.Image, mask: np.ndarray, none: bool, colour: str) -> None:
+    shown = np.zeros_like(mask) if none else mask
+    axes.imshow(overlay(image, shown, colour))
+    if none:
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="white", fontsize=13)
+    elif mask.any() and not mask.all():
+        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if key.endswith("acc") else f"{value:.2f}"
+
+
+def _panel_title(axes: plt.Axes, text: str, colour: str) -> None:
+    axes.set_xlabel(text, fontsize=8, color=colour, labelpad=2)
+
+
+def _shorten(sentence: str, limit: int = 62) -> str:
+    return f"“{sentence if len(sentence) <= limit else sentence[: limit - 1] + '…'}”"
