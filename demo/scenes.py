@@ -1,0 +1,838 @@
+"""Made scenes in the genuine gRefCOCO format, so that a demo drives the real reader without the real data.
+
+    python demo/scenes.py data/scenes-easy --level easy --seed 0 --train 1500 --val 150 --testA 150 --testB 150
+
+writes `grefs(unc).json`, `instances.json` and `train2014/COCO_train2014_%012d.jpg` below the folder it is given.
+
+A scene is a handful of coloured shapes on a textured ground, later ones hiding parts of earlier ones. A sentence
+starts as a meaning (`The`, `Except`, `Both` over `Kind`, `Side`, `Extreme`, `Relation`, `Between`); its targets are
+what that meaning finds among the visible things, so a no-target sentence is empty by evaluation, and a meaning whose
+truth a person could dispute (`Unclear`) is never said. Every image depends on (seed, level, split, index, size) alone:
+asking for more images leaves the first ones as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+VERSION = 1  # of the scenes: raise it when equal parameters would give other files
+SPLITS = ("train", "val", "testA", "testB")
+SHAPES = ("circle", "square", "star", "triangle", "ring")  # category ids count from 1 in this order
+COLOURS = {
+    "red": (222, 47, 44),
+    "green": (52, 168, 72),
+    "blue": (40, 104, 226),
+    "yellow": (250, 208, 40),
+    "purple": (150, 62, 196),
+    "white": (246, 246, 244),
+}
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
+
+# Truth with a margin, all in fractions of the image's side: what lies between the two limits is Unclear.
+BESIDE = (0.0, 0.08)  # left of, above: how far the centres lie apart
+HALF = (
+    0.45,
+    0.55,
+)  # a centre up to the first is in the left (upper) half, from the second on in the right (lower) one
+LEAD = 0.06  # how far the leftmost thing lies before the next one
+GROWTH = 1.2  # how many times longer the biggest thing is than the next one
+SMALL, BIG = 0.175, 0.2  # longest side of a small thing at most, of a big thing at least
+
+
+# ---------------------------------------------------------------------------------------------------------- meanings
+
+
+class Unclear(Exception):
+    """The scene does not settle what the words mean: a person could answer one way or another."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What can be seen of one object: its words, centre and longest side of its visible box (parts of the side)."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    extent: float
+
+    @classmethod
+    def from_box(cls, shape: str, colour: str, box: Sequence[float], side: int) -> Thing:
+        """The thing inside `box` (xywh, pixels) of a square image of `side` pixels."""
+        left, top, width, height = box
+        return cls(shape, colour, (left + width / 2) / side, (top + height / 2) / side, max(width, height) / side)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Things by shape, colour and size; None leaves that open: "red circle", "big shape"."""
+
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` where a size is neither big nor small."""
+        found = {i for i, t in enumerate(things) if self.shape in (None, t.shape) and self.colour in (None, t.colour)}
+        if self.size is None:
+            return found
+        if any(SMALL < things[i].extent < BIG for i in found):
+            raise Unclear
+        return {i for i in found if (things[i].extent >= BIG) == (self.size == "big")}
+
+    def words(self, rng: random.Random, plural: bool) -> str:
+        size = rng.choice({"big": ("big", "large"), "small": ("small", "little"), None: ("",)}[self.size])
+        noun = self.shape or rng.choice(("shape", "object", "thing"))
+        return " ".join(filter(None, (size, self.colour, noun + "s" * plural)))
+
+
+@dataclass(frozen=True)
+class Side:
+    """Those of a kind in one half of the image: "circles on the left"."""
+
+    kind: Kind
+    side: str
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` where one of the kind is near the middle."""
+        place = {i: things[i].x if self.side in ("left", "right") else things[i].y for i in self.kind.find(things)}
+        if any(HALF[0] < at < HALF[1] for at in place.values()):
+            raise Unclear
+        return {i for i, at in place.items() if (at <= HALF[0]) == (self.side in ("left", "top"))}
+
+    def words(self, rng: random.Random, plural: bool) -> str:
+        on = "on" if self.side in ("left", "right") else "at"
+        place = rng.choice((f"{on} the {self.side}", f"{on} the {self.side}", f"in the {self.side} half"))
+        return f"{self.kind.words(rng, plural)} {place}"
+
+
+EXTREMES = {
+    "left": ("leftmost {}", "{} farthest to the left"),
+    "right": ("rightmost {}", "{} farthest to the right"),
+    "top": ("topmost {}", "highest {}"),
+    "bottom": ("lowest {}", "{} closest to the bottom"),
+    "big": ("biggest {}", "largest {}"),
+    "small": ("smallest {}", "tiniest {}"),
+}
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """The one of a kind that goes farthest: "leftmost square", "biggest shape"."""
+
+    kind: Kind
+    end: str
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """One index, none if there is none of the kind; raises `Unclear` where the second comes close."""
+        rank = {
+            "left": lambda t: -t.x / LEAD,
+            "right": lambda t: t.x / LEAD,
+            "top": lambda t: -t.y / LEAD,
+            "bottom": lambda t: t.y / LEAD,
+            "big": lambda t: math.log(t.extent, GROWTH),
+            "small": lambda t: -math.log(t.extent, GROWTH),
+        }[self.end]
+        ranked = sorted(((rank(things[i]), i) for i in self.kind.find(things)), reverse=True)
+        if len(ranked) > 1 and ranked[0][0] - ranked[1][0] < 1:
+            raise Unclear
+        return {i for _, i in ranked[:1]}
+
+    def words(self, rng: random.Random, plural: bool) -> str:
+        return rng.choice(EXTREMES[self.end]).format(self.kind.words(rng, plural))
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Those of a kind that stand in a relation to one other thing: "circle left of the star"."""
+
+    kind: Kind
+    relation: str
+    other: The
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` where the two are too near in that direction."""
+        found = set()
+        for j in self.other.find(things):
+            for i in self.kind.find(things) - {j}:
+                dx, dy = things[j].x - things[i].x, things[j].y - things[i].y
+                ahead = {"left": dx, "right": -dx, "above": dy, "below": -dy}[self.relation]
+                if BESIDE[0] < ahead < BESIDE[1]:
+                    raise Unclear
+                if ahead >= BESIDE[1]:
+                    found.add(i)
+        return found
+
+    def words(self, rng: random.Random, plural: bool) -> str:
+        link = {
+            "left": ("left of", "to the left of"),
+            "right": ("right of", "to the right of"),
+            "above": ("above", "higher than"),
+            "below": ("below", "lower than"),
+        }[self.relation]
+        return f"{self.kind.words(rng, plural)} {rng.choice(link)} the {self.other.noun.words(rng, False)}"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Those of a kind between two other things: "square between the star and the blue circle"."""
+
+    kind: Kind
+    first: The
+    second: The
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` near the ends and at some distance from the connecting line."""
+        ends = sorted(self.first.find(things) | self.second.find(things))
+        if len(ends) < 2:
+            raise Unclear
+        a, b = (things[i] for i in ends)
+        length = math.dist((a.x, a.y), (b.x, b.y)) + 1e-9
+        found = set()
+        for i in self.kind.find(things) - set(ends):
+            dx, dy = things[i].x - a.x, things[i].y - a.y
+            along = (dx * (b.x - a.x) + dy * (b.y - a.y)) / length**2
+            aside = abs(dx * (b.y - a.y) - dy * (b.x - a.x)) / length
+            if 0.2 <= along <= 0.8 and aside <= 0.12:
+                found.add(i)
+            elif 0 < along < 1 and aside < 0.3:
+                raise Unclear
+        return found
+
+    def words(self, rng: random.Random, plural: bool) -> str:
+        ends = [f"the {end.noun.words(rng, False)}" for end in (self.first, self.second)]
+        rng.shuffle(ends)
+        return f"{self.kind.words(rng, plural)} {rng.choice(('between', 'in between'))} {' and '.join(ends)}"
+
+
+Noun = Kind | Side | Extreme | Relation | Between
+
+
+@dataclass(frozen=True)
+class The:
+    """A noun as one thing (number 1), as exactly so many (2, 3, ...) or as all of them (0, at least two)."""
+
+    noun: Noun
+    number: int = 1
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; none at all is an answer (no target), any other wrong number is `Unclear`."""
+        found = self.noun.find(things)
+        if found and (len(found) < 2 if self.number == 0 else len(found) != self.number):
+            raise Unclear
+        return found
+
+    def words(self, rng: random.Random) -> str:
+        if self.number == 1:
+            return rng.choice(("the ", "the ", "")) + self.noun.words(rng, False)
+        if self.number == 0 and rng.random() < 0.25:
+            return "every " + self.noun.words(rng, False)
+        count = (
+            ["all ", "all the ", "the "]
+            if self.number == 0
+            else [f"the {NUMBERS[self.number]} ", NUMBERS[self.number] + " "]
+        )
+        if self.number == 2:
+            count.append("both ")
+        return rng.choice(count) + self.noun.words(rng, True)
+
+
+@dataclass(frozen=True)
+class Except:
+    """Everything but some: "everything except the star"."""
+
+    rest: The
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` where nothing is excepted or nothing is left."""
+        left_out = self.rest.find(things)
+        if not 0 < len(left_out) < len(things):
+            raise Unclear
+        return set(range(len(things))) - left_out
+
+    def words(self, rng: random.Random) -> str:
+        start = rng.choice(("everything except", "everything but", "all shapes except", "all objects but"))
+        return f"{start} the {self.rest.noun.words(rng, self.rest.number != 1)}"
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two things named one after the other: "the blue star and the red square"."""
+
+    first: The
+    second: The
+
+    def find(self, things: Sequence[Thing]) -> set[int]:
+        """Indices into `things`; raises `Unclear` where one of the two is missing or both are the same."""
+        parts = [self.first.find(things), self.second.find(things)]
+        if not all(parts) or parts[0] & parts[1]:
+            raise Unclear
+        return parts[0] | parts[1]
+
+    def words(self, rng: random.Random) -> str:
+        the = rng.choice(("the ", "the ", ""))
+        nouns = (self.first.noun.words(rng, False), self.second.noun.words(rng, False))
+        return rng.choice((" and ", " and ", " as well as ")).join(the + noun for noun in nouns)
+
+
+Meaning = The | Except | Both
+
+
+# ------------------------------------------------------------------------------------- what is said about a scene
+
+
+def say_kind(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    return counted(rng, kind_of(rng, things, forms), things)
+
+
+def say_swapped(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    """A shape of one thing with the colour of another: both are in the scene, seldom together."""
+    return counted(rng, Kind(rng.choice(things).shape, rng.choice(things).colour), things)
+
+
+def say_foreign(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    """A shape of the scene in any colour, so that a scene of one shape and colour has no-target sentences too."""
+    return counted(rng, Kind(rng.choice(things).shape, rng.choice(tuple(COLOURS))), things)
+
+
+def say_extreme(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    kind = rng.choice((Kind(), Kind(rng.choice(things).shape), Kind(colour=rng.choice(things).colour)))
+    if len(kind.find(things)) < 2:
+        raise Unclear  # "the leftmost star" of one star sounds odd
+    return The(Extreme(kind, rng.choice(("left", "right", "top", "bottom"))))
+
+
+def say_size(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    kind = rng.choice((Kind(), Kind(rng.choice(things).shape), Kind(colour=rng.choice(things).colour)))
+    if len(kind.find(things)) < 2:
+        raise Unclear
+    return The(Extreme(kind, rng.choice(("big", "small"))))
+
+
+def say_side(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    kind = rng.choice((Kind(), kind_of(rng, things, forms)))
+    return counted(rng, Side(kind, rng.choice(("left", "right", "top", "bottom"))), things)
+
+
+def say_relation(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    kind = rng.choice((Kind(), kind_of(rng, things, forms), kind_of(rng, things, forms)))
+    relation = rng.choice(("left", "right", "above", "below"))
+    return counted(rng, Relation(kind, relation, The(kind_of(rng, things, forms))), things)
+
+
+def say_between(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    ends = The(kind_of(rng, things, forms)), The(kind_of(rng, things, forms))
+    return counted(rng, Between(rng.choice((Kind(), kind_of(rng, things, forms))), *ends), things)
+
+
+def say_except(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    kind = kind_of(rng, things, forms)
+    return Except(The(kind, 0 if len(kind.find(things)) > 1 else 1))
+
+
+def say_both(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
+    return Both(The(kind_of(rng, things, forms)), The(kind_of(rng, things, forms)))
+
+
+def kind_of(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Kind:
+    """A kind that at least one thing is of, naming the attributes of one of `forms`."""
+    thing = rng.choice(things)
+    size = "big" if thing.extent >= BIG else "small"
+    named = {"shape": thing.shape, "colour": thing.colour, "size": size}
+    return Kind(**{name: named[name] for name in rng.choice(forms)})
+
+
+def counted(rng: random.Random, noun: Noun, things: Sequence[Thing]) -> The:
+    """The noun with a number that fits what it finds; a noun that finds nothing is said of one or of all."""
+    count = len(noun.find(things))
+    return The(noun, rng.choice((1, 1, 1, 0)) if count == 0 else count if count == 1 else rng.choice((0, count)))
+
+
+Forms = tuple[tuple[str, ...], ...]
+Saying = Callable[[random.Random, Sequence[Thing], Forms], Meaning]
+
+
+@dataclass(frozen=True)
+class Level:
+    """What scenes of a level hold and what is said of them; radii are parts of the side, `seen` of a thing's area."""
+
+    shapes: tuple[str, ...]
+    objects: tuple[int, int]
+    radii: tuple[tuple[float, float], ...]
+    seen: float
+    crowds: float
+    forms: Forms
+    none: tuple[Saying, ...]
+    single: tuple[Saying, ...]
+    multi: tuple[Saying, ...]
+
+
+LEVELS = {
+    "easy": Level(
+        shapes=SHAPES[:3],
+        objects=(2, 5),
+        radii=((0.09, 0.18),),
+        seen=0.75,
+        crowds=0.0,
+        forms=(("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",)),
+        none=(say_swapped, say_swapped, say_swapped, say_foreign),
+        single=(say_kind, say_kind, say_kind, say_extreme),
+        multi=(say_kind, say_kind, say_both, say_except, say_side),
+    ),
+    "full": Level(
+        shapes=SHAPES,
+        objects=(3, 8),
+        radii=((0.06, 0.075), (0.11, 0.15)),
+        seen=0.65,
+        crowds=0.15,
+        forms=(
+            ("shape", "colour"),
+            ("shape", "colour"),
+            ("shape",),
+            ("colour",),
+            ("shape", "size"),
+            ("colour", "size"),
+        ),
+        none=(say_swapped, say_swapped, say_foreign, say_relation, say_relation, say_side),
+        single=(say_kind, say_kind, say_extreme, say_size, say_side, say_relation, say_relation, say_between),
+        multi=(say_kind, say_kind, say_both, say_both, say_except, say_side, say_side, say_relation),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Expression:
+    """One meaning, the sentences that say it and the things it refers to (indices, ascending; empty: no target)."""
+
+    meaning: Meaning
+    sentences: tuple[str, ...]
+    targets: tuple[int, ...]
+
+
+def expressions(rng: random.Random, things: Sequence[Thing], level: Level, no_target: float) -> Iterator[Expression]:
+    """Four or five meanings of a scene in one to three sentences each, no sentence twice."""
+    said: set[str] = set()
+    single = (1 - no_target) * 0.637  # the genuine train split: 120,624 single to 69,580 multi
+    for _ in range(rng.randint(4, 5)):
+        sayings = rng.choices((level.none, level.single, level.multi), (no_target, single, 1 - no_target - single))[0]
+        size = {level.none: range(1), level.single: range(1, 2), level.multi: range(2, 99)}[sayings]
+        for _ in range(100):
+            try:
+                meaning = rng.choice(sayings)(rng, things, level.forms)
+                targets = meaning.find(things)
+            except Unclear:
+                continue
+            fresh = [words for words in dict.fromkeys(meaning.words(rng) for _ in range(8)) if words not in said]
+            if len(targets) in size and fresh:
+                fresh = fresh[: rng.randint(1, 3)]
+                said.update(fresh)
+                yield Expression(meaning, tuple(fresh), tuple(sorted(targets)))
+                break
+
+
+# ----------------------------------------------------------------------------------------------------------- drawing
+
+
+def star(points: int, inner: float, outer: float) -> np.ndarray:
+    """Corners (2 * points, 2) of a star around the origin, one tip upwards."""
+    angles = np.arange(2 * points) * np.pi / points - np.pi / 2
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.where(np.arange(2 * points) % 2, inner, outer)[:, None]
+
+
+CORNERS = {
+    "square": 0.80 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float),
+    "star": star(5, 0.50, 1.12),
+    "triangle": 1.12 * np.array([[0, -1], [math.sqrt(3) / 2, 0.5], [-math.sqrt(3) / 2, 0.5]]) + [0, 0.1],
+}
+ROUNDING = {"square": 0.10, "star": 0.05, "triangle": 0.08}
+REACH = 1.4  # nothing of a figure, its shadow included, is drawn farther from its centre, in radii
+
+
+def distance_to(shape: str, at: np.ndarray) -> np.ndarray:
+    """Signed distance (h, w) from `at` (h, w, 2) to a shape of radius about 1 at the origin; negative inside."""
+    if shape == "circle":
+        return np.hypot(at[..., 0], at[..., 1]) - 1
+    if shape == "ring":
+        return np.abs(np.hypot(at[..., 0], at[..., 1]) - 0.76) - 0.27
+    start = CORNERS[shape][:, None, None]
+    edge = np.roll(start, -1, axis=0) - start
+    to = at - start  # (corners, h, w, 2)
+    along = np.clip((to * edge).sum(-1) / (edge**2).sum(-1), 0, 1)
+    distance = np.sqrt(((to - along[..., None] * edge) ** 2).sum(-1).min(0))
+    above, below = to[..., 1] >= 0, to[..., 1] < edge[..., 1]
+    turn = edge[..., 0] * to[..., 1] - edge[..., 1] * to[..., 0]
+    inside = np.logical_xor.reduce((above & below & (turn > 0)) | (~above & ~below & (turn < 0)))
+    return np.where(inside, -distance, distance) - ROUNDING[shape]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing to draw: centre and radius in pixels, the turn in radians, the window it lies in and its distances."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    window: tuple[slice, slice]
+    distance: np.ndarray  # (h, w) of the window, pixels, negative inside
+
+    @classmethod
+    def place(cls, shape: str, colour: str, x: float, y: float, radius: float, turn: float, side: int) -> Figure:
+        reach = REACH * radius
+        top, bottom = max(0, int(y - reach)), min(side, math.ceil(y + reach))
+        left, right = max(0, int(x - reach)), min(side, math.ceil(x + reach))
+        rows, columns = np.mgrid[top:bottom, left:right] + 0.5
+        at = np.stack([columns - x, rows - y], -1) / radius
+        at = at @ np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        window = (slice(top, bottom), slice(left, right))
+        return cls(shape, colour, x, y, radius, window, distance_to(shape, at) * radius)
+
+    def footprint(self, side: int) -> np.ndarray:
+        """Its mask (side, side), as if nothing lay on it."""
+        mask = np.zeros((side, side), bool)
+        mask[self.window] = self.distance < 0
+        return mask
+
+    def paint(self, canvas: np.ndarray, rgb: Sequence[float], noise: np.random.Generator) -> None:
+        """Onto `canvas` (side, side, 3) float: shadow, then the figure, lit from the upper left, with an outline."""
+        ground = canvas[self.window]
+        h, w = self.distance.shape
+        shift = max(1, round(0.1 * self.radius))
+        shadow = np.pad(self.distance, ((shift, 0), (shift, 0)), mode="edge")[:h, :w]
+        ground *= 1 - 0.45 * np.clip(0.5 - shadow / (2.5 * shift), 0, 1)[..., None]
+        rows, columns = np.mgrid[self.window]
+        light = -((columns - self.x) + (rows - self.y)) / self.radius
+        grain = noise.normal(0, 5, (h, w)) + noise.choice((0, 7)) * np.sin((columns - rows) * (5 / self.radius))
+        outline = np.clip(0.5 + self.distance + max(1.0, 0.07 * self.radius), 0, 1)
+        shade = ((1 + 0.10 * light) * (1 - 0.5 * outline))[..., None]
+        ink = np.asarray(rgb) * shade + grain[..., None]
+        ground += (ink - ground) * np.clip(0.5 - self.distance, 0, 1)[..., None]
+
+
+def background(noise: np.random.Generator, side: int) -> np.ndarray:
+    """A muted ground (side, side, 3), float 0..255, so that any of the colours stands out on it."""
+    rows, columns = np.mgrid[:side, :side] / side
+    turn = noise.uniform(0, 2 * np.pi)
+    across = np.cos(turn) * columns + np.sin(turn) * rows
+    along = np.cos(turn) * rows - np.sin(turn) * columns
+    cells = noise.uniform(4, 9)
+    blend = {
+        "gradient": lambda: across,
+        "stripes": lambda: 0.5 + 0.5 * np.tanh(3 * np.sin(2 * np.pi * cells * across)),
+        "checker": lambda: 0.5 + 0.5 * np.tanh(6 * np.sin(np.pi * cells * across) * np.sin(np.pi * cells * along)),
+        "blotches": lambda: 0.5 + 0.5 * np.tanh(5 * (cloud(noise, side, 6) - 0.5)),
+        "noise": lambda: 0.6 * cloud(noise, side, 5) + 0.4 * cloud(noise, side, 24),
+    }[noise.choice(("gradient", "stripes", "checker", "blotches", "noise"))]()
+    grey = noise.uniform(70, 165)
+    tints = grey + noise.uniform(-22, 22, (2, 3)) + noise.uniform(10, 26) * np.array([[1], [-1]])
+    ground = tints[0] + (tints[1] - tints[0]) * np.clip(blend, 0, 1)[..., None]
+    return ground + noise.normal(0, noise.uniform(1, 6), (side, side, 1))
+
+
+def cloud(noise: np.random.Generator, side: int, cells: int) -> np.ndarray:
+    """Smooth noise (side, side), 0..1, with that many cells across."""
+    coarse = Image.fromarray(noise.uniform(0, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture (side, side, 3) uint8, things with their visible masks, a crowd's mask or None, and what is said."""
+
+    picture: np.ndarray
+    things: tuple[Thing, ...]
+    masks: tuple[np.ndarray, ...]
+    crowd: np.ndarray | None
+    expressions: tuple[Expression, ...]
+
+
+def make_scene(level: str, seed: int, split: str, index: int, size: int = 128, no_target: float = 0.09) -> Scene:
+    """The scene that these arguments determine; `size` is the image's side in pixels."""
+    rng = random.Random(f"{seed} {level} {split} {index}")
+    noise = np.random.default_rng(rng.getrandbits(64))
+    rules = LEVELS[level]
+    figures, masks = lay_out(rng, rules, size)
+    canvas = background(noise, size)
+    crowd = None
+    if rng.random() < rules.crowds:
+        dots = scatter(rng, size)
+        for dot in dots:
+            dot.paint(canvas, (72, 66, 60), noise)
+        covered = np.any([figure.footprint(size) for figure in figures], axis=0)
+        crowd = np.any([dot.footprint(size) for dot in dots], axis=0) & ~covered
+    for figure in figures:
+        figure.paint(canvas, COLOURS[figure.colour], noise)
+    things = tuple(Thing.from_box(f.shape, f.colour, box_of(m), size) for f, m in zip(figures, masks))
+    said = tuple(expressions(rng, things, rules, no_target))
+    picture = np.clip(canvas, 0, 255).astype(np.uint8)
+    return Scene(picture, things, tuple(masks), crowd if crowd is not None and crowd.any() else None, said)
+
+
+def lay_out(rng: random.Random, level: Level, side: int) -> tuple[list[Figure], list[np.ndarray]]:
+    """Figures from back to front and what is seen of each; one that would hide too much of another is drawn anew."""
+    figures: list[Figure] = []
+    masks: list[np.ndarray] = []
+    colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))  # few, so that sets and swapped attributes are frequent
+    wanted = rng.randint(*level.objects)
+    for _ in range(200):
+        radius = rng.uniform(*rng.choice(level.radii)) * side
+        x, y = (rng.uniform(1.2 * radius, side - 1.2 * radius) for _ in "xy")
+        turn = rng.uniform(-0.35, 0.35)
+        figure = Figure.place(rng.choice(level.shapes), rng.choice(colours), x, y, radius, turn, side)
+        footprint = figure.footprint(side)
+        if all((m & ~footprint).sum() >= level.seen * (f.distance < 0).sum() for f, m in zip(figures, masks)):
+            masks = [m & ~footprint for m in masks] + [footprint]
+            figures.append(figure)
+        if len(figures) == wanted:
+            break
+    return figures, masks
+
+
+def scatter(rng: random.Random, side: int) -> list[Figure]:
+    """A cluster of small dots: one crowd, drawn behind everything and never spoken of."""
+    x, y = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8)
+    places = [(x + rng.gauss(0, 0.07), y + rng.gauss(0, 0.07)) for _ in range(rng.randint(9, 16))]
+    return [Figure.place("circle", "", a * side, b * side, 0.017 * side, 0, side) for a, b in places]
+
+
+def box_of(mask: np.ndarray) -> list[float]:
+    """The tight box (xywh, pixels) of a mask that is not empty."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    top, left = int(rows[0]), int(columns[0])
+    return [float(left), float(top), float(columns[-1] + 1 - left), float(rows[-1] + 1 - top)]
+
+
+def outlines(mask: np.ndarray) -> list[list[float]] | None:
+    """Polygons [x, y, x, y, ...] along the pixels' edges, exactly the mask once rasterised; None if it has holes."""
+    inner = np.pad(mask, 1)
+    steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # clockwise around the mask: along its upper, right, lower, left edges
+    neighbours = (inner[:-2, 1:-1], inner[1:-1, 2:], inner[2:, 1:-1], inner[1:-1, :-2])
+    corners = ((0, 0), (1, 0), (1, 1), (0, 1))  # where each edge of a pixel starts
+    edges = set()
+    for way, ((dx, dy), neighbour) in enumerate(zip(corners, neighbours)):
+        rows, columns = np.nonzero(mask & ~neighbour)
+        edges.update(zip((columns + dx).tolist(), (rows + dy).tolist(), [way] * len(rows)))
+    polygons = []
+    for start in sorted(edges):
+        if start not in edges:
+            continue
+        x, y, way = start
+        polygon, turns = [], 0
+        while (x, y, way) in edges:
+            edges.remove((x, y, way))
+            x, y = x + steps[way][0], y + steps[way][1]
+            turn = next((turn for turn in (1, 0, -1) if (x, y, (way + turn) % 4) in edges), None)
+            if turn is None:
+                turn = (start[2] - way + 1) % 4 - 1  # back at the start
+            if turn:
+                polygon += [float(x), float(y)]
+            turns += turn
+            way = (way + turn) % 4
+        if turns < 0:
+            return None  # walked the other way round: a hole
+        polygons.append(polygon)
+    return polygons
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write_scenes(
+    out: str | os.PathLike,
+    level: str,
+    seed: int,
+    images: dict[str, int],
+    size: int = 128,
+    no_target: float = 0.09,
+) -> bool:
+    """Writes scenes in the genuine format below `out`, all or nothing; False if equal ones are there already.
+
+    `images` says how many of each split, `size` is the side in pixels, `no_target` the share of empty expressions.
+    Raises `ValueError` for parameters out of range and where `out` holds something else.
+    """
+    check_parameters(level, images, size, no_target)
+    out = Path(out)
+    made = {"level": level, "seed": seed, "images": images, "size": size, "no_target": no_target, "version": VERSION}
+    if out.exists():
+        if parameters_of(out) == made:
+            return False
+        raise ValueError(f"{out} exists and holds something other than these scenes: remove it or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch) / "scenes"
+        (folder / "train2014").mkdir(parents=True)
+        refs, instances = [], new_instances(made)
+        plan = [(split, index) for split, count in images.items() for index in range(count)]
+        for split, index in tqdm(plan, desc=f"{level} scenes", unit="image"):
+            image_id = len(SPLITS) * index + SPLITS.index(split) + 1  # the same whatever the other splits' sizes are
+            scene = make_scene(level, seed, split, index, size, no_target)
+            name = f"COCO_train2014_{image_id:012d}.jpg"
+            Image.fromarray(scene.picture).save(folder / "train2014" / name, quality=90)
+            instances["images"].append(image_record(image_id, name, size))
+            annotations = annotation_records(scene, image_id)
+            instances["annotations"] += annotations
+            refs += ref_records(scene, image_id, split, name, annotations, random.Random(f"{seed} raw {image_id}"))
+        (folder / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
+        (folder / "grefs(unc).json").write_text(json.dumps(refs), encoding="utf-8")
+        folder.rename(out)
+    return True
+
+
+def check_parameters(level: str, images: dict[str, int], size: int, no_target: float) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"level {level!r} is not one of {', '.join(LEVELS)}")
+    if set(images) - set(SPLITS) or min(images.values(), default=0) < 0 or not any(images.values()):
+        raise ValueError(f"images {images} must count at least one image, for splits among {', '.join(SPLITS)}")
+    if not 64 <= size <= 2048:
+        raise ValueError(f"size {size} must lie between 64 and 2048 pixels")
+    if not 0 <= no_target <= 1:
+        raise ValueError(f"no_target {no_target} must be a share between 0 and 1")
+
+
+def parameters_of(folder: Path) -> dict | None:
+    """What the scenes in `folder` were made with; None if it holds none."""
+    try:
+        return json.loads((folder / "instances.json").read_text(encoding="utf-8"))["info"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def new_instances(made: dict) -> dict:
+    """An `instances.json` without images: the shapes are its categories."""
+    return {
+        "info": {"description": "Made scenes of coloured shapes", "version": str(VERSION), "parameters": made},
+        "licenses": [{"url": "", "id": 1, "name": "No known copyright restrictions"}],
+        "images": [],
+        "annotations": [],
+        "categories": [{"supercategory": "shape", "id": i, "name": name} for i, name in enumerate(SHAPES, 1)],
+    }
+
+
+def image_record(image_id: int, name: str, size: int) -> dict:
+    return {
+        "license": 1,
+        "file_name": name,
+        "coco_url": "",
+        "height": size,
+        "width": size,
+        "date_captured": "2014-01-01 00:00:00",
+        "flickr_url": "",
+        "id": image_id,
+    }
+
+
+def annotation_records(scene: Scene, image_id: int) -> list[dict]:
+    """One record per thing, in the scene's order, then the crowd's; ids count on from 100 * image_id."""
+    crowd = [] if scene.crowd is None else [scene.crowd]
+    shapes = [thing.shape for thing in scene.things] + ["circle"] * len(crowd)
+    records = []
+    for place, (shape, mask) in enumerate(zip(shapes, [*scene.masks, *crowd])):
+        iscrowd = int(place >= len(scene.things))
+        records.append(
+            {
+                "segmentation": (None if iscrowd else outlines(mask)) or run_lengths(mask),
+                "area": float(mask.sum()),
+                "iscrowd": iscrowd,
+                "image_id": image_id,
+                "bbox": box_of(mask),
+                "category_id": SHAPES.index(shape) + 1,
+                "id": 100 * image_id + place,
+            }
+        )
+    return records
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """The uncompressed RLE of a mask, column by column, as COCO's own files have it."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
+    return {"counts": counts.tolist(), "size": list(mask.shape)}
+
+
+def ref_records(
+    scene: Scene, image_id: int, split: str, name: str, annotations: list[dict], rng: random.Random
+) -> list[dict]:
+    """The refs of a scene; ids count on from 20 * (image_id - 1), so that the first is 0 as in the genuine files."""
+    records = []
+    for place, said in enumerate(scene.expressions):
+        ref_id = 20 * (image_id - 1) + place
+        targets = [annotations[i] for i in said.targets]
+        sent_ids = [20 * ref_id + i for i in range(len(said.sentences))]
+        records.append(
+            {
+                "ref_id": ref_id,
+                "image_id": image_id,
+                "split": split,
+                "file_name": name.replace(".jpg", f"_{place}.jpg") if rng.random() < 0.25 else name,
+                "ann_id": [target["id"] for target in targets] or [-1],
+                "category_id": [target["category_id"] for target in targets] or [-1],
+                "no_target": not targets,
+                "sent_ids": sent_ids,
+                "sentences": [
+                    {"raw": scribble(rng, sent), "sent": sent, "sent_id": sent_id, "tokens": sent.split()}
+                    for sent_id, sent in zip(sent_ids, said.sentences)
+                ],
+            }
+        )
+    return records
+
+
+def scribble(rng: random.Random, sent: str) -> str:
+    """A sentence as an annotator might type it: most of them clean, some with capitals, a full stop or a slip."""
+    chance = rng.random()
+    if chance < 0.03:
+        at = rng.randrange(len(sent) - 1)
+        return sent[:at] + sent[at + 1] + sent[at] + sent[at + 2 :]
+    if chance < 0.05:
+        return sent.upper()
+    return (sent.capitalize() if chance < 0.2 else sent) + rng.choice(("", "", "", "", "", "."))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main() -> int:
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", metavar="OUT", help="folder to write; must be new, or made with the same arguments")
+    parser.add_argument("--level", choices=tuple(LEVELS), default="easy")
+    parser.add_argument("--seed", type=int, default=0)
+    for split, count in zip(SPLITS, (1500, 150, 150, 150)):
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"images of {split} (default {count})")
+    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (default 128)")
+    parser.add_argument("--no-target", type=float, default=0.09, help="share of no-target expressions (default 0.09)")
+    args = parser.parse_args()
+    images = {split: getattr(args, split) for split in SPLITS}
+    try:
+        written = write_scenes(args.out, args.level, args.seed, images, args.size, args.no_target)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {sum(images.values())} images {'written' if written else 'reused'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
