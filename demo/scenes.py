@@ -4,11 +4,9 @@
 
 writes `grefs(unc).json`, `instances.json` and `train2014/COCO_train2014_%012d.jpg` below the folder it is given.
 
-A scene is a handful of coloured shapes on a textured ground, later ones hiding parts of earlier ones. A sentence
-starts as a meaning (`The`, `Except`, `Both` over `Kind`, `Side`, `Extreme`, `Relation`, `Between`); its targets are
-what that meaning finds among the visible things, so a no-target sentence is empty by evaluation, and a meaning whose
-truth a person could dispute (`Unclear`) is never said. Every image depends on (seed, level, split, index, size) alone:
-asking for more images leaves the first ones as they were.
+A scene is a handful of coloured shapes on a textured ground, later ones hiding parts of earlier ones; `sentences.py`
+says what is said of it. Every scene depends on (level, seed, split, index, size, no_target) alone: asking for more
+images leaves the first ones as they were.
 """
 
 from __future__ import annotations
@@ -20,427 +18,42 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks beside the script only
+
+from demo.sentences import COLOURS, SPEECHES, Expression, Thing, expressions
+
 VERSION = 1  # of the scenes: raise it when equal parameters would give other files
 SPLITS = ("train", "val", "testA", "testB")
 SHAPES = ("circle", "square", "star", "triangle", "ring")  # category ids count from 1 in this order
-COLOURS = {
-    "red": (222, 47, 44),
-    "green": (52, 168, 72),
-    "blue": (40, 104, 226),
-    "yellow": (250, 208, 40),
-    "purple": (150, 62, 196),
-    "white": (246, 246, 244),
-}
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
-
-# Truth with a margin, all in fractions of the image's side: what lies between the two limits is Unclear.
-BESIDE = (0.0, 0.08)  # left of, above: how far the centres lie apart
-HALF = (
-    0.45,
-    0.55,
-)  # a centre up to the first is in the left (upper) half, from the second on in the right (lower) one
-LEAD = 0.06  # how far the leftmost thing lies before the next one
-GROWTH = 1.2  # how many times longer the biggest thing is than the next one
-SMALL, BIG = 0.175, 0.2  # longest side of a small thing at most, of a big thing at least
-
-
-# ---------------------------------------------------------------------------------------------------------- meanings
-
-
-class Unclear(Exception):
-    """The scene does not settle what the words mean: a person could answer one way or another."""
-
-
-@dataclass(frozen=True)
-class Thing:
-    """What can be seen of one object: its words, centre and longest side of its visible box (parts of the side)."""
-
-    shape: str
-    colour: str
-    x: float
-    y: float
-    extent: float
-
-    @classmethod
-    def from_box(cls, shape: str, colour: str, box: Sequence[float], side: int) -> Thing:
-        """The thing inside `box` (xywh, pixels) of a square image of `side` pixels."""
-        left, top, width, height = box
-        return cls(shape, colour, (left + width / 2) / side, (top + height / 2) / side, max(width, height) / side)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Things by shape, colour and size; None leaves that open: "red circle", "big shape"."""
-
-    shape: str | None = None
-    colour: str | None = None
-    size: str | None = None
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where a size is neither big nor small."""
-        found = {i for i, t in enumerate(things) if self.shape in (None, t.shape) and self.colour in (None, t.colour)}
-        if self.size is None:
-            return found
-        if any(SMALL < things[i].extent < BIG for i in found):
-            raise Unclear
-        return {i for i in found if (things[i].extent >= BIG) == (self.size == "big")}
-
-    def words(self, rng: random.Random, plural: bool) -> str:
-        size = rng.choice({"big": ("big", "large"), "small": ("small", "little"), None: ("",)}[self.size])
-        noun = self.shape or rng.choice(("shape", "object", "thing"))
-        return " ".join(filter(None, (size, self.colour, noun + "s" * plural)))
-
-
-@dataclass(frozen=True)
-class Side:
-    """Those of a kind in one half of the image: "circles on the left"."""
-
-    kind: Kind
-    side: str
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where one of the kind is near the middle."""
-        place = {i: things[i].x if self.side in ("left", "right") else things[i].y for i in self.kind.find(things)}
-        if any(HALF[0] < at < HALF[1] for at in place.values()):
-            raise Unclear
-        return {i for i, at in place.items() if (at <= HALF[0]) == (self.side in ("left", "top"))}
-
-    def words(self, rng: random.Random, plural: bool) -> str:
-        on = "on" if self.side in ("left", "right") else "at"
-        place = rng.choice((f"{on} the {self.side}", f"{on} the {self.side}", f"in the {self.side} half"))
-        return f"{self.kind.words(rng, plural)} {place}"
-
-
-EXTREMES = {
-    "left": ("leftmost {}", "{} farthest to the left"),
-    "right": ("rightmost {}", "{} farthest to the right"),
-    "top": ("topmost {}", "highest {}"),
-    "bottom": ("lowest {}", "{} closest to the bottom"),
-    "big": ("biggest {}", "largest {}"),
-    "small": ("smallest {}", "tiniest {}"),
-}
-
-
-@dataclass(frozen=True)
-class Extreme:
-    """The one of a kind that goes farthest: "leftmost square", "biggest shape"."""
-
-    kind: Kind
-    end: str
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """One index, none if there is none of the kind; raises `Unclear` where the second comes close."""
-        rank = {
-            "left": lambda t: -t.x / LEAD,
-            "right": lambda t: t.x / LEAD,
-            "top": lambda t: -t.y / LEAD,
-            "bottom": lambda t: t.y / LEAD,
-            "big": lambda t: math.log(t.extent, GROWTH),
-            "small": lambda t: -math.log(t.extent, GROWTH),
-        }[self.end]
-        ranked = sorted(((rank(things[i]), i) for i in self.kind.find(things)), reverse=True)
-        if len(ranked) > 1 and ranked[0][0] - ranked[1][0] < 1:
-            raise Unclear
-        return {i for _, i in ranked[:1]}
-
-    def words(self, rng: random.Random, plural: bool) -> str:
-        return rng.choice(EXTREMES[self.end]).format(self.kind.words(rng, plural))
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Those of a kind that stand in a relation to one other thing: "circle left of the star"."""
-
-    kind: Kind
-    relation: str
-    other: The
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where the two are too near in that direction."""
-        found = set()
-        for j in self.other.find(things):
-            for i in self.kind.find(things) - {j}:
-                dx, dy = things[j].x - things[i].x, things[j].y - things[i].y
-                ahead = {"left": dx, "right": -dx, "above": dy, "below": -dy}[self.relation]
-                if BESIDE[0] < ahead < BESIDE[1]:
-                    raise Unclear
-                if ahead >= BESIDE[1]:
-                    found.add(i)
-        return found
-
-    def words(self, rng: random.Random, plural: bool) -> str:
-        link = {
-            "left": ("left of", "to the left of"),
-            "right": ("right of", "to the right of"),
-            "above": ("above", "higher than"),
-            "below": ("below", "lower than"),
-        }[self.relation]
-        return f"{self.kind.words(rng, plural)} {rng.choice(link)} the {self.other.noun.words(rng, False)}"
-
-
-@dataclass(frozen=True)
-class Between:
-    """Those of a kind between two other things: "square between the star and the blue circle"."""
-
-    kind: Kind
-    first: The
-    second: The
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` near the ends and at some distance from the connecting line."""
-        ends = sorted(self.first.find(things) | self.second.find(things))
-        if len(ends) < 2:
-            raise Unclear
-        a, b = (things[i] for i in ends)
-        length = math.dist((a.x, a.y), (b.x, b.y)) + 1e-9
-        found = set()
-        for i in self.kind.find(things) - set(ends):
-            dx, dy = things[i].x - a.x, things[i].y - a.y
-            along = (dx * (b.x - a.x) + dy * (b.y - a.y)) / length**2
-            aside = abs(dx * (b.y - a.y) - dy * (b.x - a.x)) / length
-            if 0.2 <= along <= 0.8 and aside <= 0.12:
-                found.add(i)
-            elif 0 < along < 1 and aside < 0.3:
-                raise Unclear
-        return found
-
-    def words(self, rng: random.Random, plural: bool) -> str:
-        ends = [f"the {end.noun.words(rng, False)}" for end in (self.first, self.second)]
-        rng.shuffle(ends)
-        return f"{self.kind.words(rng, plural)} {rng.choice(('between', 'in between'))} {' and '.join(ends)}"
-
-
-Noun = Kind | Side | Extreme | Relation | Between
-
-
-@dataclass(frozen=True)
-class The:
-    """A noun as one thing (number 1), as exactly so many (2, 3, ...) or as all of them (0, at least two)."""
-
-    noun: Noun
-    number: int = 1
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; none at all is an answer (no target), any other wrong number is `Unclear`."""
-        found = self.noun.find(things)
-        if found and (len(found) < 2 if self.number == 0 else len(found) != self.number):
-            raise Unclear
-        return found
-
-    def words(self, rng: random.Random) -> str:
-        if self.number == 1:
-            return rng.choice(("the ", "the ", "")) + self.noun.words(rng, False)
-        if self.number == 0 and rng.random() < 0.25:
-            return "every " + self.noun.words(rng, False)
-        count = (
-            ["all ", "all the ", "the "]
-            if self.number == 0
-            else [f"the {NUMBERS[self.number]} ", NUMBERS[self.number] + " "]
-        )
-        if self.number == 2:
-            count.append("both ")
-        return rng.choice(count) + self.noun.words(rng, True)
-
-
-@dataclass(frozen=True)
-class Except:
-    """Everything but some: "everything except the star"."""
-
-    rest: The
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where nothing is excepted or nothing is left."""
-        left_out = self.rest.find(things)
-        if not 0 < len(left_out) < len(things):
-            raise Unclear
-        return set(range(len(things))) - left_out
-
-    def words(self, rng: random.Random) -> str:
-        start = rng.choice(("everything except", "everything but", "all shapes except", "all objects but"))
-        return f"{start} the {self.rest.noun.words(rng, self.rest.number != 1)}"
-
-
-@dataclass(frozen=True)
-class Both:
-    """Two things named one after the other: "the blue star and the red square"."""
-
-    first: The
-    second: The
-
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where one of the two is missing or both are the same."""
-        parts = [self.first.find(things), self.second.find(things)]
-        if not all(parts) or parts[0] & parts[1]:
-            raise Unclear
-        return parts[0] | parts[1]
-
-    def words(self, rng: random.Random) -> str:
-        the = rng.choice(("the ", "the ", ""))
-        nouns = (self.first.noun.words(rng, False), self.second.noun.words(rng, False))
-        return rng.choice((" and ", " and ", " as well as ")).join(the + noun for noun in nouns)
-
-
-Meaning = The | Except | Both
-
-
-# ------------------------------------------------------------------------------------- what is said about a scene
-
-
-def say_kind(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return counted(rng, kind_of(rng, things, forms), things)
-
-
-def say_swapped(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    """A shape of one thing with the colour of another: both are in the scene, seldom together."""
-    return counted(rng, Kind(rng.choice(things).shape, rng.choice(things).colour), things)
-
-
-def say_foreign(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    """A shape of the scene in any colour, so that a scene of one shape and colour has no-target sentences too."""
-    return counted(rng, Kind(rng.choice(things).shape, rng.choice(tuple(COLOURS))), things)
-
-
-def say_extreme(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), Kind(rng.choice(things).shape), Kind(colour=rng.choice(things).colour)))
-    if len(kind.find(things)) < 2:
-        raise Unclear  # "the leftmost star" of one star sounds odd
-    return The(Extreme(kind, rng.choice(("left", "right", "top", "bottom"))))
-
-
-def say_size(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), Kind(rng.choice(things).shape), Kind(colour=rng.choice(things).colour)))
-    if len(kind.find(things)) < 2:
-        raise Unclear
-    return The(Extreme(kind, rng.choice(("big", "small"))))
-
-
-def say_side(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), kind_of(rng, things, forms)))
-    return counted(rng, Side(kind, rng.choice(("left", "right", "top", "bottom"))), things)
-
-
-def say_relation(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), kind_of(rng, things, forms), kind_of(rng, things, forms)))
-    relation = rng.choice(("left", "right", "above", "below"))
-    return counted(rng, Relation(kind, relation, The(kind_of(rng, things, forms))), things)
-
-
-def say_between(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    ends = The(kind_of(rng, things, forms)), The(kind_of(rng, things, forms))
-    return counted(rng, Between(rng.choice((Kind(), kind_of(rng, things, forms))), *ends), things)
-
-
-def say_except(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = kind_of(rng, things, forms)
-    return Except(The(kind, 0 if len(kind.find(things)) > 1 else 1))
-
-
-def say_both(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return Both(The(kind_of(rng, things, forms)), The(kind_of(rng, things, forms)))
-
-
-def kind_of(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Kind:
-    """A kind that at least one thing is of, naming the attributes of one of `forms`."""
-    thing = rng.choice(things)
-    size = "big" if thing.extent >= BIG else "small"
-    named = {"shape": thing.shape, "colour": thing.colour, "size": size}
-    return Kind(**{name: named[name] for name in rng.choice(forms)})
-
-
-def counted(rng: random.Random, noun: Noun, things: Sequence[Thing]) -> The:
-    """The noun with a number that fits what it finds; a noun that finds nothing is said of one or of all."""
-    count = len(noun.find(things))
-    return The(noun, rng.choice((1, 1, 1, 0)) if count == 0 else count if count == 1 else rng.choice((0, count)))
-
-
-Forms = tuple[tuple[str, ...], ...]
-Saying = Callable[[random.Random, Sequence[Thing], Forms], Meaning]
+RGB = dict(
+    zip(COLOURS, ((222, 47, 44), (52, 168, 72), (40, 104, 226), (250, 208, 40), (150, 62, 196), (246, 246, 244)))
+)
 
 
 @dataclass(frozen=True)
 class Level:
-    """What scenes of a level hold and what is said of them; radii are parts of the side, `seen` of a thing's area."""
+    """What scenes of a level hold: `radii` as parts of the side, `seen` the part of a thing that others must leave."""
 
     shapes: tuple[str, ...]
     objects: tuple[int, int]
     radii: tuple[tuple[float, float], ...]
     seen: float
     crowds: float
-    forms: Forms
-    none: tuple[Saying, ...]
-    single: tuple[Saying, ...]
-    multi: tuple[Saying, ...]
 
 
 LEVELS = {
-    "easy": Level(
-        shapes=SHAPES[:3],
-        objects=(2, 5),
-        radii=((0.09, 0.18),),
-        seen=0.75,
-        crowds=0.0,
-        forms=(("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",)),
-        none=(say_swapped, say_swapped, say_swapped, say_foreign),
-        single=(say_kind, say_kind, say_kind, say_extreme),
-        multi=(say_kind, say_kind, say_both, say_except, say_side),
-    ),
-    "full": Level(
-        shapes=SHAPES,
-        objects=(3, 8),
-        radii=((0.06, 0.075), (0.11, 0.15)),
-        seen=0.65,
-        crowds=0.15,
-        forms=(
-            ("shape", "colour"),
-            ("shape", "colour"),
-            ("shape",),
-            ("colour",),
-            ("shape", "size"),
-            ("colour", "size"),
-        ),
-        none=(say_swapped, say_swapped, say_foreign, say_relation, say_relation, say_side),
-        single=(say_kind, say_kind, say_extreme, say_size, say_side, say_relation, say_relation, say_between),
-        multi=(say_kind, say_kind, say_both, say_both, say_except, say_side, say_side, say_relation),
-    ),
+    "easy": Level(SHAPES[:3], objects=(2, 5), radii=((0.09, 0.18),), seen=0.8, crowds=0.0),
+    "full": Level(SHAPES, objects=(3, 8), radii=((0.06, 0.075), (0.11, 0.15)), seen=0.72, crowds=0.15),
 }
-
-
-@dataclass(frozen=True)
-class Expression:
-    """One meaning, the sentences that say it and the things it refers to (indices, ascending; empty: no target)."""
-
-    meaning: Meaning
-    sentences: tuple[str, ...]
-    targets: tuple[int, ...]
-
-
-def expressions(rng: random.Random, things: Sequence[Thing], level: Level, no_target: float) -> Iterator[Expression]:
-    """Four or five meanings of a scene in one to three sentences each, no sentence twice."""
-    said: set[str] = set()
-    single = (1 - no_target) * 0.637  # the genuine train split: 120,624 single to 69,580 multi
-    for _ in range(rng.randint(4, 5)):
-        sayings = rng.choices((level.none, level.single, level.multi), (no_target, single, 1 - no_target - single))[0]
-        size = {level.none: range(1), level.single: range(1, 2), level.multi: range(2, 99)}[sayings]
-        for _ in range(100):
-            try:
-                meaning = rng.choice(sayings)(rng, things, level.forms)
-                targets = meaning.find(things)
-            except Unclear:
-                continue
-            fresh = [words for words in dict.fromkeys(meaning.words(rng) for _ in range(8)) if words not in said]
-            if len(targets) in size and fresh:
-                fresh = fresh[: rng.randint(1, 3)]
-                said.update(fresh)
-                yield Expression(meaning, tuple(fresh), tuple(sorted(targets)))
-                break
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
@@ -467,14 +80,14 @@ def distance_to(shape: str, at: np.ndarray) -> np.ndarray:
         return np.hypot(at[..., 0], at[..., 1]) - 1
     if shape == "ring":
         return np.abs(np.hypot(at[..., 0], at[..., 1]) - 0.76) - 0.27
-    start = CORNERS[shape][:, None, None]
-    edge = np.roll(start, -1, axis=0) - start
-    to = at - start  # (corners, h, w, 2)
-    along = np.clip((to * edge).sum(-1) / (edge**2).sum(-1), 0, 1)
-    distance = np.sqrt(((to - along[..., None] * edge) ** 2).sum(-1).min(0))
-    above, below = to[..., 1] >= 0, to[..., 1] < edge[..., 1]
-    turn = edge[..., 0] * to[..., 1] - edge[..., 1] * to[..., 0]
-    inside = np.logical_xor.reduce((above & below & (turn > 0)) | (~above & ~below & (turn < 0)))
+    start = CORNERS[shape][:, :, None, None]
+    edge_x, edge_y = np.moveaxis(np.roll(start, -1, axis=0) - start, 1, 0)
+    to_x, to_y = at[..., 0] - start[:, 0], at[..., 1] - start[:, 1]  # (corners, h, w)
+    along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
+    distance = np.sqrt(((to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2).min(0))
+    after, before = to_y >= 0, to_y < edge_y  # an edge that goes down the image spans this row where both hold
+    turn = edge_x * to_y - edge_y * to_x
+    inside = np.logical_xor.reduce((after & before & (turn > 0)) | (~after & ~before & (turn < 0)))
     return np.where(inside, -distance, distance) - ROUNDING[shape]
 
 
@@ -525,7 +138,7 @@ class Figure:
 
 def background(noise: np.random.Generator, side: int) -> np.ndarray:
     """A muted ground (side, side, 3), float 0..255, so that any of the colours stands out on it."""
-    rows, columns = np.mgrid[:side, :side] / side
+    rows, columns = grid(side)
     turn = noise.uniform(0, 2 * np.pi)
     across = np.cos(turn) * columns + np.sin(turn) * rows
     along = np.cos(turn) * rows - np.sin(turn) * columns
@@ -541,6 +154,12 @@ def background(noise: np.random.Generator, side: int) -> np.ndarray:
     tints = grey + noise.uniform(-22, 22, (2, 3)) + noise.uniform(10, 26) * np.array([[1], [-1]])
     ground = tints[0] + (tints[1] - tints[0]) * np.clip(blend, 0, 1)[..., None]
     return ground + noise.normal(0, noise.uniform(1, 6), (side, side, 1))
+
+
+@cache
+def grid(side: int) -> np.ndarray:
+    """Rows and columns (2, side, side) of an image, as parts of its side."""
+    return np.mgrid[:side, :side] / side
 
 
 def cloud(noise: np.random.Generator, side: int, cells: int) -> np.ndarray:
@@ -578,9 +197,9 @@ def make_scene(level: str, seed: int, split: str, index: int, size: int = 128, n
         covered = np.any([figure.footprint(size) for figure in figures], axis=0)
         crowd = np.any([dot.footprint(size) for dot in dots], axis=0) & ~covered
     for figure in figures:
-        figure.paint(canvas, COLOURS[figure.colour], noise)
+        figure.paint(canvas, RGB[figure.colour], noise)
     things = tuple(Thing.from_box(f.shape, f.colour, box_of(m), size) for f, m in zip(figures, masks))
-    said = tuple(expressions(rng, things, rules, no_target))
+    said = tuple(expressions(rng, things, SPEECHES[level], no_target))
     picture = np.clip(canvas, 0, 255).astype(np.uint8)
     return Scene(picture, things, tuple(masks), crowd if crowd is not None and crowd.any() else None, said)
 
@@ -589,7 +208,7 @@ def lay_out(rng: random.Random, level: Level, side: int) -> tuple[list[Figure], 
     """Figures from back to front and what is seen of each; one that would hide too much of another is drawn anew."""
     figures: list[Figure] = []
     masks: list[np.ndarray] = []
-    colours = rng.sample(tuple(COLOURS), rng.randint(2, 4))  # few, so that sets and swapped attributes are frequent
+    colours = rng.sample(COLOURS, rng.randint(2, 4))  # few, so that sets and swapped attributes are frequent
     wanted = rng.randint(*level.objects)
     for _ in range(200):
         radius = rng.uniform(*rng.choice(level.radii)) * side
@@ -621,6 +240,9 @@ def box_of(mask: np.ndarray) -> list[float]:
 
 def outlines(mask: np.ndarray) -> list[list[float]] | None:
     """Polygons [x, y, x, y, ...] along the pixels' edges, exactly the mask once rasterised; None if it has holes."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = rows[0], columns[0]
+    mask = mask[top : rows[-1] + 1, left : columns[-1] + 1]
     inner = np.pad(mask, 1)
     steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # clockwise around the mask: along its upper, right, lower, left edges
     neighbours = (inner[:-2, 1:-1], inner[1:-1, 2:], inner[2:, 1:-1], inner[1:-1, :-2])
@@ -628,7 +250,7 @@ def outlines(mask: np.ndarray) -> list[list[float]] | None:
     edges = set()
     for way, ((dx, dy), neighbour) in enumerate(zip(corners, neighbours)):
         rows, columns = np.nonzero(mask & ~neighbour)
-        edges.update(zip((columns + dx).tolist(), (rows + dy).tolist(), [way] * len(rows)))
+        edges.update(zip((columns + (left + dx)).tolist(), (rows + (top + dy)).tolist(), [way] * len(rows)))
     polygons = []
     for start in sorted(edges):
         if start not in edges:
