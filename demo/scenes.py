@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +73,15 @@ ROUNDING = {"square": 0.10, "star": 0.05, "triangle": 0.08}
 REACH = 1.4  # nothing of a figure, its shadow included, is drawn farther from its centre, in radii
 
 
-def distance_to(shape: str, at: np.ndarray) -> np.ndarray:
-    """Signed distance (h, w) from `at` (h, w, 2) to a shape of radius about 1 at the origin; negative inside."""
+def distance_to(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance (h, w) from points to a shape of radius about 1 at the origin; negative inside."""
     if shape == "circle":
-        return np.hypot(at[..., 0], at[..., 1]) - 1
+        return np.hypot(x, y) - 1
     if shape == "ring":
-        return np.abs(np.hypot(at[..., 0], at[..., 1]) - 0.76) - 0.27
+        return np.abs(np.hypot(x, y) - 0.76) - 0.27
     start = CORNERS[shape][:, :, None, None]
     edge_x, edge_y = np.moveaxis(np.roll(start, -1, axis=0) - start, 1, 0)
-    to_x, to_y = at[..., 0] - start[:, 0], at[..., 1] - start[:, 1]  # (corners, h, w)
+    to_x, to_y = x - start[:, 0], y - start[:, 1]  # (corners, h, w)
     along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
     distance = np.sqrt(((to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2).min(0))
     after, before = to_y >= 0, to_y < edge_y  # an edge that goes down the image spans this row where both hold
@@ -108,11 +107,12 @@ class Figure:
         reach = REACH * radius
         top, bottom = max(0, int(y - reach)), min(side, math.ceil(y + reach))
         left, right = max(0, int(x - reach)), min(side, math.ceil(x + reach))
-        rows, columns = np.mgrid[top:bottom, left:right] + 0.5
-        at = np.stack([columns - x, rows - y], -1) / radius
-        at = at @ np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
         window = (slice(top, bottom), slice(left, right))
-        return cls(shape, colour, x, y, radius, window, distance_to(shape, at) * radius)
+        rows, columns = np.ogrid[window]
+        down, across = (rows + 0.5 - y) / radius, (columns + 0.5 - x) / radius
+        cos, sin = math.cos(turn), math.sin(turn)
+        distance = distance_to(shape, cos * across + sin * down, cos * down - sin * across)
+        return cls(shape, colour, x, y, radius, window, distance * radius)
 
     def footprint(self, side: int) -> np.ndarray:
         """Its mask (side, side), as if nothing lay on it."""
@@ -127,7 +127,7 @@ class Figure:
         shift = max(1, round(0.1 * self.radius))
         shadow = np.pad(self.distance, ((shift, 0), (shift, 0)), mode="edge")[:h, :w]
         ground *= 1 - 0.45 * np.clip(0.5 - shadow / (2.5 * shift), 0, 1)[..., None]
-        rows, columns = np.mgrid[self.window]
+        rows, columns = np.ogrid[self.window]
         light = -((columns - self.x) + (rows - self.y)) / self.radius
         grain = noise.normal(0, 5, (h, w)) + noise.choice((0, 7)) * np.sin((columns - rows) * (5 / self.radius))
         outline = np.clip(0.5 + self.distance + max(1.0, 0.07 * self.radius), 0, 1)
@@ -138,10 +138,10 @@ class Figure:
 
 def background(noise: np.random.Generator, side: int) -> np.ndarray:
     """A muted ground (side, side, 3), float 0..255, so that any of the colours stands out on it."""
-    rows, columns = grid(side)
+    rows, columns = np.ogrid[:side, :side]
     turn = noise.uniform(0, 2 * np.pi)
-    across = np.cos(turn) * columns + np.sin(turn) * rows
-    along = np.cos(turn) * rows - np.sin(turn) * columns
+    across = (np.cos(turn) * columns + np.sin(turn) * rows).astype(np.float32) / side
+    along = (np.cos(turn) * rows - np.sin(turn) * columns).astype(np.float32) / side
     cells = noise.uniform(4, 9)
     blend = {
         "gradient": lambda: across,
@@ -153,13 +153,7 @@ def background(noise: np.random.Generator, side: int) -> np.ndarray:
     grey = noise.uniform(70, 165)
     tints = grey + noise.uniform(-22, 22, (2, 3)) + noise.uniform(10, 26) * np.array([[1], [-1]])
     ground = tints[0] + (tints[1] - tints[0]) * np.clip(blend, 0, 1)[..., None]
-    return ground + noise.normal(0, noise.uniform(1, 6), (side, side, 1))
-
-
-@cache
-def grid(side: int) -> np.ndarray:
-    """Rows and columns (2, side, side) of an image, as parts of its side."""
-    return np.mgrid[:side, :side] / side
+    return ground + noise.uniform(1, 6) * noise.standard_normal((side, side, 1), np.float32)
 
 
 def cloud(noise: np.random.Generator, side: int, cells: int) -> np.ndarray:
@@ -240,37 +234,41 @@ def box_of(mask: np.ndarray) -> list[float]:
 
 def outlines(mask: np.ndarray) -> list[list[float]] | None:
     """Polygons [x, y, x, y, ...] along the pixels' edges, exactly the mask once rasterised; None if it has holes."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = rows[0], columns[0]
-    mask = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    inner = np.pad(mask, 1)
-    steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # clockwise around the mask: along its upper, right, lower, left edges
-    neighbours = (inner[:-2, 1:-1], inner[1:-1, 2:], inner[2:, 1:-1], inner[1:-1, :-2])
-    corners = ((0, 0), (1, 0), (1, 1), (0, 1))  # where each edge of a pixel starts
-    edges = set()
-    for way, ((dx, dy), neighbour) in enumerate(zip(corners, neighbours)):
-        rows, columns = np.nonzero(mask & ~neighbour)
-        edges.update(zip((columns + (left + dx)).tolist(), (rows + (top + dy)).tolist(), [way] * len(rows)))
+    edges = edges_of(mask)
     polygons = []
     for start in sorted(edges):
         if start not in edges:
-            continue
+            continue  # walked already
         x, y, way = start
         polygon, turns = [], 0
         while (x, y, way) in edges:
             edges.remove((x, y, way))
-            x, y = x + steps[way][0], y + steps[way][1]
-            turn = next((turn for turn in (1, 0, -1) if (x, y, (way + turn) % 4) in edges), None)
-            if turn is None:
-                turn = (start[2] - way + 1) % 4 - 1  # back at the start
+            x, y = x + STEPS[way][0], y + STEPS[way][1]
+            turn = next((turn for turn in (0, 1, -1) if (x, y, (way + turn) % 4) in edges), start[2] - way)
             if turn:
                 polygon += [float(x), float(y)]
-            turns += turn
+                turns += 1 if turn % 4 == 1 else -1
             way = (way + turn) % 4
         if turns < 0:
-            return None  # walked the other way round: a hole
+            return None  # around a hole the walk goes the other way
         polygons.append(polygon)
     return polygons
+
+
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # along the upper, right, lower and left edge of a pixel, clockwise
+
+
+def edges_of(mask: np.ndarray) -> set[tuple[int, int, int]]:
+    """The pixels' edges between a mask and what is outside: (x, y) where each starts and its way, an index of STEPS."""
+    left, top, width, height = (int(side) for side in box_of(mask))
+    mask = mask[top : top + height, left : left + width]
+    padded = np.pad(mask, 1)
+    neighbours = (padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2])
+    edges = set()
+    for way, ((x, y), neighbour) in enumerate(zip(((0, 0), (1, 0), (1, 1), (0, 1)), neighbours)):
+        rows, columns = np.nonzero(mask & ~neighbour)
+        edges.update(zip((columns + (left + x)).tolist(), (rows + (top + y)).tolist(), [way] * len(rows)))
+    return edges
 
 
 # ----------------------------------------------------------------------------------------------------------- writing

@@ -17,10 +17,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: 
 
 # Truth with a margin, in parts of the image's side: what lies between the two limits is Unclear.
 BESIDE = (0.0, 0.08)  # left of, above: how far the centres lie apart
-HALF = (
-    0.45,
-    0.55,
-)  # a centre up to the first is in the left (upper) half, from the second on in the right (lower) one
+HALF = (0.45, 0.55)  # where the left (upper) half ends and the right (lower) one begins, for centres
 SIZE = (0.175, 0.195)  # longest side of a small thing at most, of a big thing at least
 ALONG, ASIDE = 0.2, (0.12, 0.3)  # between: how far from either end (parts of the distance) and from the line
 LEAD = 0.06  # how far the leftmost thing lies before the next one
@@ -407,8 +404,10 @@ def expressions(rng: random.Random, things: Sequence[Thing], speech: Speech, no_
                 targets = tuple(sorted(meaning.find(things)))
             except Unclear:
                 continue
+            if min(len(targets), 2) != count:
+                continue
             fresh = [words for words in dict.fromkeys(meaning.words(rng) for _ in range(9)) if words not in said]
-            if min(len(targets), 2) == count and fresh:
+            if fresh:
                 sentences = tuple(fresh[: rng.randint(1, 3)])
                 said.update(sentences)
                 yield Expression(meaning, sentences, targets)
