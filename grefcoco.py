@@ -1,0 +1,679 @@
+"""gRefCOCO and the RefCOCO family as Hugging Face data sets.
+
+    python grefcoco.py build --annotations DIR --images train2014.zip --out data/grefcoco
+    python grefcoco.py check | stats | show | export
+
+    rows = grefcoco.load("data/grefcoco", split="val")      # one row per sentence, images decoded on access
+    load_dataset("data/grefcoco", streaming=True)           # one row per image, as stored
+
+A Parquet row holds an image once, with all its objects and all its sentences; `load` unfolds such rows into one per
+sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Features, Value
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
+from PIL import Image
+from tqdm.auto import tqdm
+
+from grefcoco_files import (
+    CONFIGS,
+    Annotations,
+    ImageFolder,
+    ImageZip,
+    Problems,
+    find_files,
+    merge_rles,
+    open_images,
+    read_annotations,
+    read_image,
+    targets,
+    to_rle,
+)
+
+VERSION = "1.0.0"
+ROWS_PER_GROUP = 100
+
+RLE = {"size": [Value("int32")], "counts": Value("string")}
+BOX = datasets.Sequence(Value("float32"), length=4)
+# `[...]` and not `List(...)`: it says the same and older releases of `datasets` know it too.
+OBJECT = {
+    "ann_id": Value("int64"),
+    "category_id": Value("int32"),
+    "bbox": BOX,
+    "area": Value("float32"),
+    "iscrowd": Value("bool"),
+    "segmentation": RLE,
+}
+IMAGE_FEATURES = Features(
+    {
+        "image": datasets.Image(),
+        "image_id": Value("int64"),
+        "file_name": Value("string"),
+        "width": Value("int32"),
+        "height": Value("int32"),
+        "objects": [OBJECT],
+        "expressions": [
+            {
+                "ref_id": Value("int64"),
+                "sent_id": Value("int64"),
+                "sentence": Value("string"),
+                "raw": Value("string"),
+                "no_target": Value("bool"),
+                "ann_ids": [Value("int64")],
+            }
+        ],
+    }
+)
+EXPRESSION_FEATURES = Features(
+    {
+        **{name: IMAGE_FEATURES[name] for name in ("image", "image_id", "file_name", "width", "height")},
+        "ref_id": Value("int64"),
+        "sent_id": Value("int64"),
+        "sentence": Value("string"),
+        "raw": Value("string"),
+        "no_target": Value("bool"),
+        "ann_ids": [Value("int64")],
+        "category_ids": [Value("int32")],
+        "boxes": [BOX],
+        "masks": [RLE],
+        "mask": RLE,
+    }
+)
+
+
+# ---- image rows --------------------------------------------------------------------------------------------------
+
+
+def image_tables(
+    annotations: Annotations,
+    split: str,
+    image_ids: Sequence[int],
+    source: ImageFolder | ImageZip,
+    problems: Problems,
+    skip_bad_images: bool = False,
+) -> Iterator[pa.Table]:
+    """Image rows of `image_ids` as tables of up to `ROWS_PER_GROUP` rows with the schema of `IMAGE_FEATURES`.
+
+    Image bytes are passed on as they are. What is wrong with polygons and images goes to `problems`.
+
+    Raises:
+        ValueError: an image is missing or bad and `skip_bad_images` is off.
+    """
+    for start in range(0, len(image_ids), ROWS_PER_GROUP):
+        pictures = {}
+        for image_id in image_ids[start : start + ROWS_PER_GROUP]:
+            picture = _read_or_note(source, annotations.images[image_id], problems, skip_bad_images)
+            if picture is not None:
+                pictures[image_id] = picture
+        if pictures:
+            yield _image_table(annotations, split, list(pictures), list(pictures.values()), problems)
+
+
+def _read_or_note(
+    source: ImageFolder | ImageZip, image: dict, problems: Problems, skip_bad_images: bool
+) -> bytes | None:
+    try:
+        return read_image(source, image)
+    except ValueError as error:
+        if not skip_bad_images:
+            raise ValueError(
+                f"{source.path}: {error}. Fetch it again, or leave such images out with --skip-bad-images."
+            ) from error
+        problems.add("bad image, left out with its sentences", error)
+        return None
+
+
+def _image_table(
+    annotations: Annotations, split: str, image_ids: list[int], pictures: list[bytes], problems: Problems
+) -> pa.Table:
+    """Columns are made whole, for all rows at once: several times faster than row by row."""
+    images = [annotations.images[image_id] for image_id in image_ids]
+    names = [image["file_name"] for image in images]
+    columns = [
+        pa.StructArray.from_arrays([pa.array(pictures, pa.binary()), pa.array(names)], names=["bytes", "path"]),
+        pa.array(image_ids, pa.int64()),
+        pa.array(names),
+        pa.array([image["width"] for image in images], pa.int32()),
+        pa.array([image["height"] for image in images], pa.int32()),
+        _object_column([annotations.objects[image_id] for image_id in image_ids], images, problems),
+        _expression_column([annotations.splits[split][image_id] for image_id in image_ids]),
+    ]
+    schema = IMAGE_FEATURES.arrow_schema
+    return pa.Table.from_arrays([column.cast(kind) for column, kind in zip(columns, schema.types)], schema=schema)
+
+
+def _object_column(groups: list[list[dict]], images: list[dict], problems: Problems) -> pa.ListArray:
+    items = list(chain.from_iterable(groups))
+    sizes = [(image["height"], image["width"]) for image, group in zip(images, groups) for _ in group]
+    rles = []
+    for item, (height, width) in zip(items, sizes):
+        rle, fault = to_rle(item["segmentation"], height, width)
+        rles.append(rle)
+        if fault:
+            problems.add(fault, f"annotation {item['id']}")
+    boxes = np.array([item["bbox"] for item in items], dtype=np.float32).reshape(-1)
+    columns = {
+        "ann_id": pa.array([item["id"] for item in items], pa.int64()),
+        "category_id": pa.array([item["category_id"] for item in items], pa.int32()),
+        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
+        "area": pa.array(np.array([item["area"] for item in items], dtype=np.float32)),
+        "iscrowd": pa.array([item["iscrowd"] != 0 for item in items], pa.bool_()),
+        "segmentation": _rle_column(rles),
+    }
+    return _list_column(_struct_column(columns), [len(group) for group in groups])
+
+
+def _rle_column(rles: list[dict]) -> pa.StructArray:
+    sizes = pa.array(np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1))
+    counts = pa.array([rle["counts"] for rle in rles], pa.string())
+    return _struct_column({"size": _list_column(sizes, [2] * len(rles)), "counts": counts})
+
+
+def _expression_column(groups: list[list[dict]]) -> pa.ListArray:
+    pairs = [(ref, sentence) for group in groups for ref in group for sentence in ref["sentences"]]
+    ann_ids = [targets(ref) for ref, _ in pairs]
+    flat = pa.array(list(chain.from_iterable(ann_ids)), pa.int64())
+    columns = {
+        "ref_id": pa.array([ref["ref_id"] for ref, _ in pairs], pa.int64()),
+        "sent_id": pa.array([sentence["sent_id"] for _, sentence in pairs], pa.int64()),
+        "sentence": pa.array([sentence["sent"] for _, sentence in pairs], pa.string()),
+        "raw": pa.array([sentence["raw"] for _, sentence in pairs], pa.string()),
+        "no_target": pa.array([not ids for ids in ann_ids], pa.bool_()),
+        "ann_ids": _list_column(flat, [len(ids) for ids in ann_ids]),
+    }
+    return _list_column(_struct_column(columns), [sum(len(ref["sentences"]) for ref in group) for group in groups])
+
+
+def _struct_column(columns: dict[str, pa.Array]) -> pa.StructArray:
+    return pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
+
+
+def _list_column(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
+
+
+@dataclass
+class GrefcocoConfig(datasets.BuilderConfig):
+    """Where the genuine files are: a folder of annotations, a folder or zip of images."""
+
+    annotations: str = ""
+    images: str = ""
+    skip_bad_images: bool = False
+
+
+class Grefcoco(datasets.ArrowBasedBuilder):
+    """Image rows made from the genuine files into the cache of `datasets`, for use without building Parquet first."""
+
+    VERSION = datasets.Version(VERSION)
+    BUILDER_CONFIG_CLASS = GrefcocoConfig
+    BUILDER_CONFIGS = [GrefcocoConfig(name=name, version=VERSION) for name in CONFIGS]
+    DEFAULT_CONFIG_NAME = "grefcoco"
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=IMAGE_FEATURES)
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        annotations = read_annotations(self.config.annotations, self.config.name)
+        for line in annotations.problems.lines():
+            datasets.logging.get_logger(__name__).warning(line)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "image_ids": list(groups)})
+            for split, groups in annotations.splits.items()
+        ]
+
+    def _generate_tables(self, split: str, image_ids: list[int]) -> Iterator[tuple[int, pa.Table]]:
+        annotations = read_annotations(self.config.annotations, self.config.name)
+        source = open_images(self.config.images)
+        yield from enumerate(
+            image_tables(annotations, split, image_ids, source, Problems(), self.config.skip_bad_images)
+        )
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    images: str | Path | None = None,
+    config: str = "grefcoco",
+    split: str | None = None,
+    streaming: bool = False,
+    layout: Literal["expression", "image"] = "expression",
+    columns: Sequence[str] | None = None,
+) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load gRefCOCO (or a configuration of the RefCOCO family) with one row per sentence, or per image.
+
+    Map-style expression rows are an index in memory; an image is decoded when its row is read, and once for all rows
+    of a batch that share it (`dataset[indices]`, `dataset.__getitems__(indices)`: these rows hold the same PIL
+    object, so copy before drawing). To group sentences by image without decoding anything, read the column from
+    `dataset.with_format(None)["image_id"]`. Functions of `map` and `filter` see decoded rows; name `input_columns`
+    to spare what they do not use.
+
+    Streams decode an image once, then yield all its sentences in a row. They split over nodes and workers by shard
+    and resume exactly through `state_dict`/`load_state_dict`, with `shuffle_shards` too; a shuffle buffer
+    (`.shuffle(...)`) loses and repeats rows on resume.
+
+    Args:
+        source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
+        images: Folder or zip of the images; with the genuine files only.
+        config: Key of `CONFIGS`.
+        split: Split to load; None loads all into a dictionary.
+        streaming: Yield rows without preparing anything on disk.
+        layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
+            image's size, images RGB); "image" those of `IMAGE_FEATURES`, as stored.
+        columns: Columns to keep; others are not read. The expression layout also knows `objects`, the list of all
+            objects of the image.
+
+    Raises:
+        ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
+        FileNotFoundError: nothing usable at `source` or `images`.
+    """
+    if config not in CONFIGS:
+        raise ValueError(f"Unknown configuration {config!r}; choose one of {', '.join(CONFIGS)}.")
+    known = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
+    if known is None:
+        raise ValueError(f"Unknown layout {layout!r}; choose 'expression' or 'image'.")
+    wanted = (
+        list(columns) if columns is not None else [name for name in known if name != "objects" or layout == "image"]
+    )
+    if unknown := set(wanted) - set(known):
+        raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(known)}.")
+    rows = _load_image_rows(str(source), images, config, split, streaming)
+    if isinstance(rows, dict):
+        return type(rows)({name: _arrange(part, layout, wanted) for name, part in rows.items()})
+    return _arrange(rows, layout, wanted)
+
+
+def _load_image_rows(
+    source: str, images: str | Path | None, config: str, split: str | None, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
+    if images is None and os.path.isdir(source) and not os.path.isfile(os.path.join(source, "README.md")):
+        find_files(source, config)
+        raise ValueError(f"{source} holds genuine annotation files: say where the images are (images=FOLDER_OR_ZIP).")
+    if images is None:
+        return datasets.load_dataset(source, config, split=split, streaming=streaming)
+    builder = Grefcoco(
+        config_name=config,
+        annotations=os.path.abspath(source),
+        images=str(images),
+        hash=_fingerprint(find_files(source, config), str(images)),
+    )
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _fingerprint(files: Iterable[Path], images: str) -> str:
+    """Changes whenever an input does, so that the cache of `datasets` never serves rows of files that changed."""
+    digest = hashlib.sha256(VERSION.encode())
+    for path in files:
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns} ".encode())
+    if os.path.isdir(images):
+        entries = sorted((entry.name, entry.stat()) for entry in os.scandir(images))
+        digest.update(repr([(name, s.st_size, s.st_mtime_ns) for name, s in entries]).encode())
+    elif os.path.exists(images):
+        digest.update(f"{os.stat(images).st_size} {os.stat(images).st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _arrange(
+    rows: datasets.Dataset | datasets.IterableDataset, layout: str, columns: list[str]
+) -> datasets.Dataset | datasets.IterableDataset:
+    if layout == "image":
+        return rows.select_columns(columns)
+    if isinstance(rows, datasets.Dataset):
+        return _unfold(rows).select_columns(columns)
+    needed = [name for name in IMAGE_FEATURES if name in ("objects", "expressions", "height", "width", *columns)]
+    stream = rows.select_columns(needed)
+    if "image" in needed:
+        stream = stream.cast_column("image", datasets.Image(decode=False))
+    return stream.map(_explode, batched=True, batch_size=1, remove_columns=needed, fn_kwargs={"columns": columns})
+
+
+def _explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
+    """One image row, as a batch of one, to one row per sentence; all share the decoded image."""
+    objects, expressions = batch["objects"][0], batch["expressions"][0]
+    by_id = {item["ann_id"]: item for item in objects}
+    found = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
+    height, width = batch["height"][0], batch["width"][0]
+    rows: dict[str, list] = {name: [] for name in columns}
+    for name in columns:
+        if name == "image":
+            rows[name] = [decode_image(batch["image"][0])] * len(expressions)
+        elif name in batch:
+            rows[name] = batch[name] * len(expressions)
+        elif name == "mask":
+            rows[name] = [
+                merge_rles([o["segmentation"] for o in group], [o["iscrowd"] for o in group], height, width)
+                for group in found
+            ]
+        elif name in TARGET_COLUMNS:
+            rows[name] = [[item[TARGET_COLUMNS[name]] for item in group] for group in found]
+        else:
+            rows[name] = [expression[name] for expression in expressions]
+    return rows
+
+
+# Column of an expression row -> field of the objects it lists.
+TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
+
+
+def decode_image(stored: dict) -> Image.Image:
+    """RGB image of a stored `{"bytes", "path"}`, not rotated by EXIF, since the masks are not."""
+    with Image.open(io.BytesIO(stored["bytes"])) as image:
+        return image.convert("RGB")
+
+
+def _unfold(images: datasets.Dataset) -> datasets.Dataset:
+    """Index of expression rows over image rows, made of whole Arrow columns; nothing is decoded.
+
+    Heavy columns hold positions, which `_Lookup` turns into what they stand for on access: `image` and `objects` the
+    row of the image, `masks` and `mask` the targets' places among all objects.
+    """
+    light = [name for name in IMAGE_FEATURES if name != "image"]
+    table = images.with_format(None).select_columns(light).data.table.combine_chunks()
+    objects, expressions = (pc.list_flatten(table[name]).combine_chunks() for name in ("objects", "expressions"))
+    rows = pc.list_parent_indices(table["expressions"]).combine_chunks()
+    ann_ids = expressions.field("ann_ids")
+    lengths = pc.list_value_length(ann_ids).to_numpy()
+    known_ids = objects.field("ann_id").to_numpy()
+    order = np.argsort(known_ids)
+    places = order[np.searchsorted(known_ids, ann_ids.flatten().to_numpy(), sorter=order)]
+    per_image = {name: table[name].take(rows) for name in ("image_id", "file_name", "width", "height")}
+    sizes = np.stack([per_image["height"].to_numpy(), per_image["width"].to_numpy()], axis=1)
+    starts = np.cumsum([0, *lengths])[:-1]
+    columns = {
+        "image": rows,
+        **per_image,
+        **{name: expressions.field(name) for name in ("ref_id", "sent_id", "sentence", "raw", "no_target")},
+        "ann_ids": ann_ids,
+        "category_ids": _list_column(objects.field("category_id").take(places), lengths),
+        "boxes": _list_column(objects.field("bbox").take(places), lengths),
+        "masks": _list_column(pa.array(places), lengths),
+        "mask": _list_column(pa.array(np.insert(places, np.repeat(starts, 2), sizes.ravel())), lengths + 2),
+        "objects": rows,
+    }
+    index = datasets.Dataset(pa.table(columns), split=images.split, fingerprint=f"{images._fingerprint}-expressions")
+    return index.with_transform(_Lookup(images, objects))
+
+
+class _Lookup:
+    """Turns the positions in the index of `_unfold` into what they stand for, column by column."""
+
+    def __init__(self, images: datasets.Dataset, objects: pa.StructArray):
+        self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        self.objects = images.select_columns(["objects"])
+        self.rles = objects.field("segmentation")
+        self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        found = dict(batch)
+        if "image" in batch:
+            pictures = self._rows(self.pictures, "image", batch["image"])
+            decoded = {row: decode_image(stored) for row, stored in pictures.items()}
+            found["image"] = [decoded[row] for row in batch["image"]]
+        if "objects" in batch:
+            objects = self._rows(self.objects, "objects", batch["objects"])
+            found["objects"] = [objects[row] for row in batch["objects"]]
+        if "masks" in batch:
+            found["masks"] = [self._segmentations(places) for places in batch["masks"]]
+        if "mask" in batch:
+            found["mask"] = [self._merged(*size_and_places) for size_and_places in batch["mask"]]
+        return found
+
+    def _rows(self, source: datasets.Dataset, column: str, rows: list[int]) -> dict[int, dict | list]:
+        unique = sorted(set(rows))
+        return dict(zip(unique, source[unique][column]))
+
+    def _segmentations(self, places: Sequence[int]) -> list[dict]:
+        return self.rles.take(pa.array(places, pa.int64())).to_pylist()
+
+    def _merged(self, height: int, width: int, *places: int) -> dict:
+        return merge_rles(self._segmentations(places), self.crowd[list(places)], height, width)
+
+
+# ---- building ----------------------------------------------------------------------------------------------------
+
+
+def build(
+    annotations: str | Path,
+    images: str | Path,
+    out: str | Path,
+    config: str = "grefcoco",
+    strict: bool = False,
+    skip_bad_images: bool = False,
+    num_proc: int = 1,
+) -> dict:
+    """Write the data set as Parquet that `load_dataset(out)` and the Hub read, image bytes untouched.
+
+    `out` gets `data/{split}-00000-of-0000N.parquet`, a README with the card and `build.json`, the report that is
+    also returned: counts, problems by kind, sha256 of every file read and written. All is written beside `out` and
+    renamed at the end, so a build that is cut off leaves what was there before.
+
+    Args:
+        annotations: Folder of the refs file and instances.json.
+        images: Folder or zip.
+        out: Folder to make, or a former build to replace.
+        config: Key of `CONFIGS`.
+        strict: Raise on any problem.
+        skip_bad_images: Leave images that are missing, damaged or of another size out, and say so in the report.
+        num_proc: Processes. The annotations are parsed once.
+
+    Raises:
+        ValueError: unusable annotations, a bad image (without `skip_bad_images`), any problem (with `strict`),
+            nothing left to write, or an `out` that is not a former build.
+        FileNotFoundError: annotation files or images are not there.
+    """
+    out = Path(out)
+    if out.exists() and not (out / REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no former build; choose another --out or remove it.")
+    open_images(str(images))
+    notes = read_annotations(annotations, config)
+    _refuse_problems(notes.problems, strict)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "data").mkdir(parents=True)
+        jobs = _shard_jobs(str(annotations), config, str(images), partial / "data", notes, skip_bad_images)
+        report = _write_shards(jobs, notes, num_proc)
+        _refuse_problems(Problems(report["problems"]), strict)
+        report = {"version": VERSION, "config": config, **report, "sources": _hashes(find_files(annotations, config))}
+        write_card(partial, config, report)
+        (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+REPORT = "build.json"
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One Parquet file to write, small enough to send to another process."""
+
+    annotations: str
+    config: str
+    images: str
+    path: str
+    split: str
+    image_ids: tuple[int, ...]
+    skip_bad_images: bool
+
+
+def shard_count(num_images: int) -> int:
+    """Files for a split: a power of two, at least 100 images each, 64 at most, so that usual world sizes divide it."""
+    return 2 ** min(6, max(0, int(math.log2(max(1, num_images // ROWS_PER_GROUP)))))
+
+
+def _shard_jobs(
+    annotations: str, config: str, images: str, folder: Path, notes: Annotations, skip_bad_images: bool
+) -> list[ShardJob]:
+    jobs = []
+    for split, groups in notes.splits.items():
+        count = shard_count(len(groups))
+        for number, ids in enumerate(np.array_split(np.array(list(groups), dtype=np.int64), count)):
+            path = str(folder / f"{split}-{number:05}-of-{count:05}.parquet")
+            jobs.append(ShardJob(annotations, config, images, path, split, tuple(ids.tolist()), skip_bad_images))
+    return jobs
+
+
+def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> dict:
+    """Run the jobs, with a progress bar over images; returns counts, hashes and all problems."""
+    problems = Problems(notes.problems)
+    splits: dict[str, dict[str, int]] = {}
+    shards = {}
+    with tqdm(total=sum(len(job.image_ids) for job in jobs), unit="image", desc="build") as bar:
+        for job, (counts, digest, found) in zip(jobs, _run(jobs, num_proc)):
+            bar.update(len(job.image_ids))
+            problems.merge(found)
+            shards[f"data/{Path(job.path).name}"] = digest
+            total = splits.setdefault(job.split, dict.fromkeys(counts, 0))
+            splits[job.split] = {name: total[name] + counts[name] for name in counts}
+    for split in [split for split, counts in splits.items() if not counts["images"]]:
+        del splits[split]
+        for job in jobs:
+            if job.split == split:
+                os.remove(job.path)
+                del shards[f"data/{Path(job.path).name}"]
+    if not splits:
+        raise ValueError(
+            "Nothing is left to build: " + ("; ".join(problems.lines()) or "the refs file is empty") + "."
+        )
+    return {"splits": splits, "problems": problems, "categories": notes.categories, "shards": shards}
+
+
+def _run(jobs: list[ShardJob], num_proc: int) -> Iterator[tuple[dict[str, int], str, Problems]]:
+    if num_proc == 1:
+        yield from map(write_shard, jobs)
+        return
+    # Forked workers inherit the parsed annotations; where there is no fork, each parses them once.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context(method)) as pool:
+        try:
+            yield from pool.map(write_shard, jobs)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_shard(job: ShardJob) -> tuple[dict[str, int], str, Problems]:
+    """Write one Parquet file; returns its counts, its sha256 and the problems met."""
+    notes = read_annotations(job.annotations, job.config)
+    problems = Problems()
+    counts = dict.fromkeys(("images", "refs", "expressions", "no_target", "single", "multi", "max_targets"), 0)
+    counts["bytes"] = 0
+    tables = image_tables(notes, job.split, job.image_ids, open_images(job.images), problems, job.skip_bad_images)
+    with open(job.path, "wb") as file:
+        with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                _count(table, counts)
+        file.flush()
+        os.fsync(file.fileno())
+    return counts, sha256(job.path), problems
+
+
+def _count(table: pa.Table, counts: dict[str, int]) -> None:
+    expressions = pc.list_flatten(table["expressions"]).combine_chunks()
+    targets_each = pc.list_value_length(expressions.field("ann_ids")).to_numpy()
+    counts["images"] += table.num_rows
+    counts["refs"] += len(pc.unique(expressions.field("ref_id")))
+    counts["expressions"] += len(expressions)
+    counts["no_target"] += int((targets_each == 0).sum())
+    counts["single"] += int((targets_each == 1).sum())
+    counts["multi"] += int((targets_each > 1).sum())
+    counts["max_targets"] = max(counts["max_targets"], int(targets_each.max()))
+    counts["bytes"] += table.nbytes
+
+
+def write_card(folder: Path, config: str, report: dict) -> None:
+    """README.md: the card of `dataset_card.md` filled with what was built, and the YAML `load_dataset` reads."""
+    splits = report["splits"]
+    card = DatasetCard.load(CARD, ignore_metadata_errors=False)
+    infos = datasets.splits.SplitDict()
+    for split, counts in splits.items():
+        infos.add(datasets.SplitInfo(split, num_bytes=counts["bytes"], num_examples=counts["images"]))
+    info = datasets.DatasetInfo(
+        features=IMAGE_FEATURES,
+        splits=infos,
+        download_size=sum(path.stat().st_size for path in (folder / "data").iterdir()),
+        dataset_size=sum(counts["bytes"] for counts in splits.values()),
+    )
+    files = [{"split": split, "path": f"data/{split}-*"} for split in splits]
+    DatasetInfosDict({config: info}).to_dataset_card_data(card.data)
+    MetadataConfigs({config: {"data_files": files}}).to_dataset_card_data(card.data)
+    names = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")
+    rows = [" | ".join([split, *(f"{counts[name]:,}" for name in names)]) for split, counts in splits.items()]
+    table = "\n".join(f"| {row} |" for row in rows)
+    problems = "\n".join(f"- {line}" for line in Problems(report["problems"]).lines()) or "None was met."
+    text = string.Template(card.text).substitute(config=config, splits=table, problems=problems)
+    (folder / "README.md").write_text(f"---\n{card.data.to_yaml()}\n---\n{text}", encoding="utf-8")
+
+
+CARD = Path(__file__).with_name("dataset_card.md")
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put `partial` in the place of `out`; at no moment is a half-written folder there."""
+    for path in (*partial.iterdir(), partial / "data", partial):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    former = out.with_name(f".{out.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if out.exists():
+        out.rename(former)
+    partial.rename(out)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _refuse_problems(problems: Problems, strict: bool) -> None:
+    if strict and problems:
+        raise ValueError("Problems in the files, and --strict was asked for: " + "; ".join(problems.lines()) + ".")
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: sha256(path) for path in paths}
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from grefcoco_commands import main
+
+    raise SystemExit(main())
