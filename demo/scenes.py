@@ -36,6 +36,7 @@ SHAPES = ("circle", "square", "star", "triangle", "ring")  # category ids count 
 RGB = dict(
     zip(COLOURS, ((222, 47, 44), (52, 168, 72), (40, 104, 226), (250, 208, 40), (150, 62, 196), (246, 246, 244)))
 )
+DOT_RGB = (72, 66, 60)  # a crowd's colour, none that is spoken of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Level:
 
 LEVELS = {
     "easy": Level(SHAPES[:3], objects=(2, 5), radii=((0.09, 0.18),), seen=0.8, crowds=0.0),
-    "full": Level(SHAPES, objects=(3, 8), radii=((0.06, 0.075), (0.11, 0.15)), seen=0.72, crowds=0.15),
+    "full": Level(SHAPES, objects=(3, 8), radii=((0.06, 0.075), (0.11, 0.15)), seen=0.75, crowds=0.15),
 }
 
 
@@ -79,7 +80,7 @@ def distance_to(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 1
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.76) - 0.27
-    start = CORNERS[shape][:, :, None, None]
+    start = CORNERS[shape].astype(np.float32)[:, :, None, None]
     edge_x, edge_y = np.moveaxis(np.roll(start, -1, axis=0) - start, 1, 0)
     to_x, to_y = x - start[:, 0], y - start[:, 1]  # (corners, h, w)
     along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
@@ -109,7 +110,7 @@ class Figure:
         left, right = max(0, int(x - reach)), min(side, math.ceil(x + reach))
         window = (slice(top, bottom), slice(left, right))
         rows, columns = np.ogrid[window]
-        down, across = (rows + 0.5 - y) / radius, (columns + 0.5 - x) / radius
+        across, down = (((at + 0.5 - centre) / radius).astype(np.float32) for at, centre in ((columns, x), (rows, y)))
         cos, sin = math.cos(turn), math.sin(turn)
         distance = distance_to(shape, cos * across + sin * down, cos * down - sin * across)
         return cls(shape, colour, x, y, radius, window, distance * radius)
@@ -167,12 +168,12 @@ def cloud(noise: np.random.Generator, side: int, cells: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (side, side, 3) uint8, things with their visible masks, a crowd's mask or None, and what is said."""
+    """A picture, its things from back to front, what is seen of each and of a crowd (maybe nothing), what is said."""
 
-    picture: np.ndarray
+    picture: np.ndarray  # (side, side, 3) uint8
     things: tuple[Thing, ...]
-    masks: tuple[np.ndarray, ...]
-    crowd: np.ndarray | None
+    masks: tuple[np.ndarray, ...]  # (side, side) bool each, disjoint
+    crowd: np.ndarray
     expressions: tuple[Expression, ...]
 
 
@@ -183,19 +184,16 @@ def make_scene(level: str, seed: int, split: str, index: int, size: int = 128, n
     rules = LEVELS[level]
     figures, masks = lay_out(rng, rules, size)
     canvas = background(noise, size)
-    crowd = None
-    if rng.random() < rules.crowds:
-        dots = scatter(rng, size)
-        for dot in dots:
-            dot.paint(canvas, (72, 66, 60), noise)
-        covered = np.any([figure.footprint(size) for figure in figures], axis=0)
-        crowd = np.any([dot.footprint(size) for dot in dots], axis=0) & ~covered
+    dots = scatter(rng, size) if rng.random() < rules.crowds else []
+    for dot in dots:
+        dot.paint(canvas, DOT_RGB, noise)
     for figure in figures:
         figure.paint(canvas, RGB[figure.colour], noise)
+    covered = np.any([figure.footprint(size) for figure in figures], axis=0)
+    crowd = np.any([np.zeros_like(covered), *(dot.footprint(size) for dot in dots)], axis=0) & ~covered
     things = tuple(Thing.from_box(f.shape, f.colour, box_of(m), size) for f, m in zip(figures, masks))
     said = tuple(expressions(rng, things, SPEECHES[level], no_target))
-    picture = np.clip(canvas, 0, 255).astype(np.uint8)
-    return Scene(picture, things, tuple(masks), crowd if crowd is not None and crowd.any() else None, said)
+    return Scene(np.clip(canvas, 0, 255).astype(np.uint8), things, tuple(masks), crowd, said)
 
 
 def lay_out(rng: random.Random, level: Level, side: int) -> tuple[list[Figure], list[np.ndarray]]:
@@ -221,7 +219,7 @@ def lay_out(rng: random.Random, level: Level, side: int) -> tuple[list[Figure], 
 def scatter(rng: random.Random, side: int) -> list[Figure]:
     """A cluster of small dots: one crowd, drawn behind everything and never spoken of."""
     x, y = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8)
-    places = [(x + rng.gauss(0, 0.07), y + rng.gauss(0, 0.07)) for _ in range(rng.randint(9, 16))]
+    places = [(x + rng.triangular(-0.16, 0.16), y + rng.triangular(-0.16, 0.16)) for _ in range(rng.randint(9, 16))]
     return [Figure.place("circle", "", a * side, b * side, 0.017 * side, 0, side) for a, b in places]
 
 
@@ -259,7 +257,7 @@ STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # along the upper, right, lower and 
 
 
 def edges_of(mask: np.ndarray) -> set[tuple[int, int, int]]:
-    """The pixels' edges between a mask and what is outside: (x, y) where each starts and its way, an index of STEPS."""
+    """The pixels' edges between a mask and what is outside: (x, y) where each starts, and its way in STEPS."""
     left, top, width, height = (int(side) for side in box_of(mask))
     mask = mask[top : top + height, left : left + width]
     padded = np.pad(mask, 1)
@@ -360,7 +358,7 @@ def image_record(image_id: int, name: str, size: int) -> dict:
 
 def annotation_records(scene: Scene, image_id: int) -> list[dict]:
     """One record per thing, in the scene's order, then the crowd's; ids count on from 100 * image_id."""
-    crowd = [] if scene.crowd is None else [scene.crowd]
+    crowd = [scene.crowd] if scene.crowd.any() else []
     shapes = [thing.shape for thing in scene.things] + ["circle"] * len(crowd)
     records = []
     for place, (shape, mask) in enumerate(zip(shapes, [*scene.masks, *crowd])):

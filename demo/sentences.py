@@ -398,9 +398,11 @@ def expressions(rng: random.Random, things: Sequence[Thing], speech: Speech, no_
     shares = (no_target, single, 1 - no_target - single)
     for _ in range(rng.randint(3, 5)):
         count, sayings = rng.choices(((0, speech.none), (1, speech.single), (2, speech.multi)), shares)[0]
-        for _ in range(100):
+        for saying in (
+            saying for saying in rng.choices(sayings, k=12) for _ in range(12)
+        ):  # a rare one in earnest too
             try:
-                meaning = rng.choice(sayings)(rng, things, speech.forms)
+                meaning = saying(rng, things, speech.forms)
                 targets = tuple(sorted(meaning.find(things)))
             except Unclear:
                 continue
