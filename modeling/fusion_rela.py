@@ -1,0 +1,91 @@
+"""How a sentence enters the vision trunk: pixel-word attention on each stage's output, and the gate back into it."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class LanguageFusion(nn.Module):
+    """Pixel-word attention (LAVT's PWAM), one head: each pixel gathers the words that matter to it.
+
+    What depends on the image alone is computed once per image, however many sentences look at it.
+    Source: `SpatialImageLanguageAttention` and `PWAM` of the original swin.py.
+    """
+
+    def __init__(self, channels: int, text_channels: int) -> None:
+        super().__init__()
+        self.vision = nn.Linear(channels, channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(text_channels, channels)
+        self.value = nn.Linear(text_channels, channels)
+        self.out = nn.Linear(channels, channels)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        text: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Fuse stage outputs with words.
+
+        Args:
+            pixels: (images, height, width, channels).
+            text: (sentences, tokens, text channels).
+            attention_mask: (sentences, tokens), 1 for words and 0 for padding.
+            image_index: (sentences,) which image each sentence is about; None for one each.
+
+        Returns:
+            (sentences, height, width, channels).
+        """
+        height, width = pixels.shape[1:3]
+        pixels = pixels.flatten(1, 2)
+        vision = per_sentence(nn.functional.gelu(self.vision(pixels)), image_index)
+        query = per_sentence(normalize_pixels(self.query(pixels)), image_index)
+        words = attention_mask[..., None].to(text.dtype)
+        key, value = self.key(text) * words, self.value(text) * words
+        logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (sentences, pixels, tokens)
+        weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
+        # The output projection is linear, so it is applied to the few words and not to the many pixels.
+        gathered = normalize_pixels(weights @ self.out(value))
+        return nn.functional.gelu(self.project(vision * gathered)).unflatten(1, (height, width))
+
+
+class LanguageGate(nn.Module):
+    """x + tanh(G2 relu(G1 fused)) * fused: lets the fused features back into the trunk.
+
+    With both weights zero, as published, both gradients are zero too and the gate never opens.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(channels, channels, bias=False)
+        self.outer = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, pixels: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+        return pixels + torch.tanh(self.outer(self.inner(fused).relu())) * fused
+
+    def reset(self, published: bool) -> None:
+        """Zero both weights as published, or the outer one alone so that the gate can learn."""
+        init.zeros_(self.outer.weight)
+        if published:
+            init.zeros_(self.inner.weight)
+        else:
+            init.xavier_uniform_(self.inner.weight)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the gate adds nothing and cannot learn to."""
+        return not (self.inner.weight.any() or self.outer.weight.any())
+
+
+def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
+    """(images, ...) -> (sentences, ...); None means that sentence i is about image i."""
+    return x if image_index is None else x.index_select(0, image_index)
+
+
+def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
+    """Instance normalisation without affine of (batch, pixels, channels) over the pixels."""
+    variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+    return (x - mean) * (variance + epsilon).rsqrt()

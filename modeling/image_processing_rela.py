@@ -1,0 +1,98 @@
+"""Images in any shape or mode to normalised pixel values, squashed to a square as published or letterboxed."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
+
+
+class RelaImageProcessor(PilBackend):
+    """Resizes to `size` and normalises.
+
+    `size={"height": 480, "width": 480}` squashes, as published; `size={"longest_edge": 480}` keeps the ratio and fills
+    the right or the bottom of the square with the mean colour. PIL images are turned upright by their EXIF tag.
+    """
+
+    size = {"height": 480, "width": 480}
+    resample = PILImageResampling.BILINEAR
+    image_mean = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+    image_std = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def process_image(self, image: ImageInput, **kwargs: object) -> Image.Image:
+        """PIL in any mode, or uint8 array or tensor (H, W), (H, W, 1 | 3 | 4) or channels first -> RGB, upright."""
+        if isinstance(image, Image.Image):
+            return ImageOps.exif_transpose(image).convert("RGB")
+        array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+        if array.dtype != np.uint8:
+            raise ValueError(f"image of dtype {array.dtype} given to RelaImageProcessor: pass uint8 values of 0..255")
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+            array = np.moveaxis(array, 0, -1)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"image of shape {array.shape} given to RelaImageProcessor: pass (H, W), (H, W, 1 | 3 | 4) or "
+                "(1 | 3 | 4, H, W)"
+            )
+        return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None,
+        **kwargs: object,
+    ) -> BatchFeature:
+        # Rescaling and normalising are one multiplication and one addition per channel.
+        mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        scale = np.asarray([(rescale_factor if do_rescale else 1.0) / s for s in std], dtype=np.float32)[:, None, None]
+        shift = np.asarray([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)[:, None, None]
+        pixel_values = []
+        for image in images:
+            inner, outer = image_sizes((image.height, image.width), size) if do_resize else ((image.size[::-1],) * 2)
+            resized = image if image.size == inner[::-1] else image.resize(inner[::-1], resample)
+            canvas = np.zeros((3, *outer), dtype=np.float32)
+            pixels = np.asarray(resized).transpose(2, 0, 1)
+            np.add(pixels * scale, shift, out=canvas[:, : inner[0], : inner[1]])
+            pixel_values.append(canvas)
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def resize_mask(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) 0/1 -> the processed size: a pixel is target where at least half of its area is."""
+        inner, outer = image_sizes(mask.shape, self.size)
+        canvas = np.zeros(outer, dtype=np.uint8)
+        if mask.shape != inner:
+            enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(inner[::-1], Image.Resampling.BILINEAR)
+            mask = np.asarray(enlarged) >= 128
+        canvas[: inner[0], : inner[1]] = mask
+        return canvas
+
+
+def image_sizes(original: tuple[int, int], size: SizeDict | dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) that the image takes, and that of the canvas it lies on, top left, for a `size` setting."""
+    if size["height"] is not None:
+        target = (size["height"], size["width"])
+        return target, target
+    edge = size["longest_edge"]
+    if edge is None:
+        raise ValueError(
+            f'size={dict(size)} given to RelaImageProcessor: use {{"height": H, "width": W}} or {{"longest_edge": L}}'
+        )
+    height, width = (max(1, round(side * edge / max(original))) for side in original)
+    return (height, width), (edge, edge)
+
+
+RelaImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,0 +1,83 @@
+"""The loss of GRES (CVPR 2023) section 4.4 as the original criterion.py computes it, and its named alternatives."""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_rela import RelaConfig
+from .region_decoder_rela import Prediction
+
+
+def referring_loss(
+    predictions: list[Prediction], masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted sum over `predictions`, and the unweighted terms "mask", "minimap", "no_target" of the last one.
+
+    Args:
+        predictions: last layer's alone, or every layer's for auxiliary supervision.
+        masks: (batch, height, width) merged target, 1 where the sentence refers to.
+        no_target: (batch,) whether the sentence refers to nothing.
+        config: names the loss and its weights.
+    """
+    masks = masks.to(predictions[-1].masks.dtype)
+    weights = {
+        "mask": config.mask_loss_weight,
+        "minimap": config.minimap_loss_weight,
+        "no_target": config.no_target_loss_weight,
+    }
+    total = masks.new_zeros(())
+    for prediction in predictions:
+        terms = _terms(prediction, masks, no_target, config)
+        total = total + sum(weights[name] * term for name, term in terms.items())
+    return total, terms
+
+
+def category_loss(logits: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of (images, categories + 1, h, w) with (images, height, width) indices; -100 is left out."""
+    target = nn.functional.interpolate(categories[:, None].float(), logits.shape[-2:], mode="nearest-exact")[
+        :, 0
+    ].long()
+    total = nn.functional.cross_entropy(logits.float(), target, ignore_index=-100, reduction="sum")
+    return total / (target != -100).sum().clamp(min=1)
+
+
+def _terms(
+    prediction: Prediction, masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
+) -> dict[str, torch.Tensor]:
+    weight = masks.new_tensor(config.class_weights)
+    mask_loss = _bce_dice(prediction.masks, masks) if config.mask_loss == "bce_dice" else None
+    if mask_loss is None:
+        mask_loss = nn.functional.cross_entropy(_enlarge(prediction.masks, masks), masks.long(), weight)
+    return {
+        "mask": mask_loss,
+        "minimap": _minimap_loss(prediction.minimap.float(), masks, weight, config.soft_minimap),
+        "no_target": nn.functional.cross_entropy(prediction.no_target.float(), no_target.long(), weight),
+    }
+
+
+def _bce_dice(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy plus dice of the margin between the two classes, per sentence, averaged."""
+    margin = _enlarge(logits[:, 1:] - logits[:, :1], masks)[:, 0].flatten(1)
+    masks = masks.flatten(1)
+    covered = margin.sigmoid()
+    dice = 1 - (2 * (covered * masks).sum(1) + 1) / (covered.sum(1) + masks.sum(1) + 1)
+    return nn.functional.binary_cross_entropy_with_logits(margin, masks) + dice.mean()
+
+
+def _minimap_loss(minimap: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, soft: bool) -> torch.Tensor:
+    """Cross entropy of the minimap (batch, regions, 2) with the target shrunk to its grid.
+
+    The published target is cut to an integer: a cell counts only where the samples of the shrinking are all target.
+    """
+    side = math.isqrt(minimap.shape[1])
+    target = nn.functional.interpolate(
+        masks[:, None], (side, side), mode="bilinear", align_corners=False, antialias=soft
+    )
+    target = target.flatten(1)
+    target = torch.stack([1 - target, target], dim=1) if soft else target.long()
+    return nn.functional.cross_entropy(minimap.transpose(1, 2), target, weight)
+
+
+def _enlarge(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    return nn.functional.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)

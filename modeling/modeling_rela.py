@@ -1,0 +1,204 @@
+"""ReLA: segments whatever a sentence refers to in an image, one thing, many or none.
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    outputs = model(**processor(images=[image], text=["all red shapes"], return_tensors="pt"))
+    processor.post_process_referring_segmentation(outputs, target_sizes=[(480, 640)])
+
+Source: "GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import BertModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_rela import RelaConfig
+from .convolution_rela import FrozenBatchNorm
+from .fusion_rela import LanguageGate, per_sentence
+from .loss_rela import category_loss, referring_loss
+from .pixel_decoder_rela import DeformableAttention, PixelDecoder
+from .region_decoder_rela import Heads, RegionDecoder
+from .swin_rela import WindowAttention, relative_position_index
+from .vision_rela import CategoryHead, VisionEncoder
+
+
+@dataclass
+class RelaOutput(ModelOutput):
+    """What `RelaModel` returns; B sentences, class 1 of every pair is the target (of `no_target_logits`: no target).
+
+    Args:
+        loss: weighted sum, where labels were given.
+        loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category".
+        pred_masks: (B, 2, height / 4, width / 4) logits.
+        no_target_logits: (B, 2).
+        minimap_logits: (B, regions, 2).
+        category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
+        text_hidden_state: (B, tokens, text channels).
+        vision_hidden_states: backbone features at strides 4, 8, 16, 32, (B, channels, height, width); one per image
+            instead of per sentence where the backbone ignores language.
+        pixel_hidden_states: pixel decoder memory at strides 32, 16, 8, likewise.
+        mask_features: (B, mask channels, height / 4, width / 4), likewise.
+
+    The last four only with `output_hidden_states=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_terms: dict[str, torch.Tensor] | None = None
+    pred_masks: torch.Tensor | None = None
+    no_target_logits: torch.Tensor | None = None
+    minimap_logits: torch.Tensor | None = None
+    category_logits: torch.Tensor | None = None
+    text_hidden_state: torch.Tensor | None = None
+    vision_hidden_states: tuple[torch.Tensor, ...] | None = None
+    pixel_hidden_states: tuple[torch.Tensor, ...] | None = None
+    mask_features: torch.Tensor | None = None
+
+
+class RelaPreTrainedModel(PreTrainedModel):
+    config_class = RelaConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear):
+                init.xavier_uniform_(module.weight)
+            else:
+                init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | FrozenBatchNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, FrozenBatchNorm):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+        elif isinstance(module, WindowAttention):
+            init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+            init.copy_(module.relative_position_index, relative_position_index(module.window))
+        elif isinstance(module, RegionDecoder):
+            init.zeros_(module.language_gate)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As transformers does it, then the modules it skips in custom code: those without parameters of their own."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, LanguageGate):
+                module.reset(published=self.config.language_gate == "published")
+            elif isinstance(module, DeformableAttention | Heads):
+                module.reset()
+
+
+class RelaModel(RelaPreTrainedModel):
+    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder and a region decoder."""
+
+    def __init__(self, config: RelaConfig) -> None:
+        super().__init__(config)
+        self.text_encoder = BertModel(config.text_config, add_pooling_layer=False)
+        self.vision_encoder = VisionEncoder(config)
+        self.pixel_decoder = PixelDecoder(config)
+        self.region_decoder = RegionDecoder(config)
+        self.category_head = CategoryHead(config) if config.num_categories else None
+        self.post_init()
+        self.vision_encoder.look_at_gates()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        labels: dict[str, torch.Tensor] | None = None,
+        output_hidden_states: bool = False,
+    ) -> RelaOutput:
+        """Masks and no-target verdicts for B sentences about a number of images.
+
+        Args:
+            pixel_values: (images, 3, height, width), normalised.
+            input_ids: (B, tokens); None trains the vision trunk alone on the categories.
+            attention_mask: (B, tokens), 1 for words and 0 for padding; None when nothing is padding.
+            image_index: (B,) which image each sentence is about; None when sentence b is about image b. The work that
+                depends on the image alone is done once per image.
+            labels: "masks" (B, height, width) merged target; "no_target" (B,) bool; optional "categories" (images,
+                height, width) category index of each pixel, 0 for none and -100 to ignore.
+            output_hidden_states: also return the text, backbone and pixel decoder features.
+
+        Raises:
+            ValueError: without sentences nor categories; with more sentences than images and no `image_index`; with
+                categories the model cannot learn.
+        """
+        if input_ids is None:
+            return self._vision_only(pixel_values, labels)
+        if image_index is None and len(input_ids) != len(pixel_values):
+            raise ValueError(
+                f"{len(input_ids)} sentences in input_ids and {len(pixel_values)} images in pixel_values: pass "
+                "image_index, the position of each sentence's image"
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        features, stages = self.vision_encoder(pixel_values, text, attention_mask, image_index)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            mask_features, levels = self.pixel_decoder([x.float() for x in features])
+        if not self.config.language_fusion:
+            mask_features, *levels = (per_sentence(x, image_index) for x in (mask_features, *levels))
+        every_layer = self.config.auxiliary_loss and labels is not None
+        predictions = self.region_decoder(levels, mask_features, text, attention_mask, every_layer)
+        category_logits = self._categories(stages)
+        loss, terms = None, None
+        if labels is not None:
+            loss, terms = referring_loss(predictions, labels["masks"], labels["no_target"], self.config)
+            if "categories" in labels:
+                terms["category"] = self._category_loss(category_logits, labels["categories"])
+                loss = loss + self.config.category_loss_weight * terms["category"]
+            loss, terms = loss * self.config.loss_scale, {name: term.detach() for name, term in terms.items()}
+        return RelaOutput(
+            loss=loss,
+            loss_terms=terms,
+            pred_masks=predictions[-1].masks,
+            no_target_logits=predictions[-1].no_target,
+            minimap_logits=predictions[-1].minimap,
+            category_logits=category_logits,
+            text_hidden_state=text if output_hidden_states else None,
+            vision_hidden_states=tuple(features) if output_hidden_states else None,
+            pixel_hidden_states=tuple(levels) if output_hidden_states else None,
+            mask_features=mask_features if output_hidden_states else None,
+        )
+
+    def _vision_only(self, pixel_values: torch.Tensor, labels: dict[str, torch.Tensor] | None) -> RelaOutput:
+        if labels is None or "categories" not in labels:
+            raise ValueError(
+                'input_ids is None: pass sentences, or labels["categories"] to train the vision trunk alone'
+            )
+        logits = self._categories(self.vision_encoder.stages(pixel_values))
+        loss = self._category_loss(logits, labels["categories"])
+        return RelaOutput(
+            loss=loss * self.config.category_loss_weight * self.config.loss_scale,
+            loss_terms={"category": loss.detach()},
+            category_logits=logits,
+        )
+
+    def _categories(self, stages: list[torch.Tensor] | None) -> torch.Tensor | None:
+        return None if self.category_head is None or stages is None else self.category_head(stages)
+
+    def _category_loss(self, logits: torch.Tensor | None, categories: torch.Tensor) -> torch.Tensor:
+        if logits is None:
+            raise ValueError(
+                'labels["categories"] given to a model without language-free category features '
+                f"(num_categories={self.config.num_categories}, gates "
+                f"{'closed' if self.vision_encoder.gates_closed else 'open'}): set num_categories, or leave them out"
+            )
+        return category_loss(logits, categories)
+
+
+RelaModel.register_for_auto_class("AutoModel")

@@ -1,0 +1,188 @@
+"""Pixel decoder: multi-scale deformable attention over strides 8, 16 and 32, then one pyramid step to stride 4.
+
+Source: Mask2Former (CVPR 2022) section 3.2 and the original msdeformattn.py; pure torch, no compiled op.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_rela import RelaConfig
+
+
+class PixelDecoder(nn.Module):
+    """Turns backbone features into mask features and a three-level memory. Meant to run in fp32."""
+
+    def __init__(self, config: RelaConfig) -> None:
+        super().__init__()
+        size, groups = config.pixel_decoder_size, config.norm_groups
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, size, 1), nn.GroupNorm(groups, size))
+            for channels in reversed(config.stage_channels[1:])
+        )
+        self.level_embed = nn.Embedding(3, size) if config.pixel_decoder_layers else None
+        self.layers = nn.ModuleList(DeformableLayer(config) for _ in range(config.pixel_decoder_layers))
+        self.fine_lateral = nn.Sequential(
+            nn.Conv2d(config.stage_channels[0], size, 1, bias=False), nn.GroupNorm(groups, size)
+        )
+        self.fine_output = nn.Sequential(
+            nn.Conv2d(size, size, 3, padding=1, bias=False), nn.GroupNorm(groups, size), nn.ReLU()
+        )
+        self.mask_features = nn.Conv2d(size, config.mask_size, 1)
+
+    def forward(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Backbone features at strides 4, 8, 16, 32 -> mask features and the memory at strides 32, 16, 8.
+
+        All are (batch, channels, height, width); the mask features have `mask_size` channels at stride 4.
+        """
+        fine, *coarse = features
+        levels = [lateral(x) for lateral, x in zip(self.laterals, reversed(coarse), strict=True)]
+        levels = self._attend(levels) if self.layers else _top_down(levels)
+        fine = self.fine_output(_upsample_add(self.fine_lateral(fine), levels[-1]))
+        return self.mask_features(fine), levels
+
+    def _attend(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = [tuple(x.shape[-2:]) for x in levels]
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (batch, pixels, channels)
+        positions = torch.cat(
+            [
+                sine_positions(*shape, x.shape[-1], x.device).to(x.dtype) + self.level_embed.weight[i]
+                for i, shape in enumerate(shapes)
+            ]
+        )
+        for layer in self.layers:
+            x = layer(x, positions, shapes)
+        parts = x.split([height * width for height, width in shapes], dim=1)
+        return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class DeformableLayer(GradientCheckpointingLayer):
+    """Deformable self-attention and a feed-forward layer, each followed by its norm."""
+
+    def __init__(self, config: RelaConfig) -> None:
+        super().__init__()
+        size = config.pixel_decoder_size
+        self.attention = DeformableAttention(size, config.num_attention_heads, 3, config.pixel_decoder_points)
+        self.attention_norm = nn.LayerNorm(size)
+        self.fc1 = nn.Linear(size, config.pixel_decoder_ffn_size)
+        self.fc2 = nn.Linear(config.pixel_decoder_ffn_size, size)
+        self.ffn_norm = nn.LayerNorm(size)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
+        x = self.attention_norm(x + self.attention(x + positions, x, shapes))
+        return self.ffn_norm(x + self.fc2(self.fc1(x).relu()))
+
+
+class DeformableAttention(nn.Module):
+    """Each pixel gathers a few learned points on every level. Source: Deformable DETR (ICLR 2021), equation 3."""
+
+    def __init__(self, size: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(size, heads * levels * points * 2)
+        self.weights = nn.Linear(size, heads * levels * points)
+        self.value = nn.Linear(size, size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, query: torch.Tensor, pixels: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
+        """(batch, pixels, channels) x 2 -> the same; `shapes` are (height, width) of the levels in pixel order."""
+        sides = torch.tensor([(width, height) for height, width in shapes], device=query.device, dtype=query.dtype)
+        offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        # Reference points are pixel centres; on a level of width w, coordinate u of 0..1 lies at pixel u * w - 0.5.
+        places = pixel_centres(shapes, query)[:, None, None, None] * sides[:, None] - 0.5 + offsets
+        weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (self.levels, self.points))
+        values = self.value(pixels).unflatten(-1, (self.heads, -1))
+        return self.out(gather_points(values, shapes, places, weights).flatten(2))
+
+    def reset(self) -> None:
+        """Heads look in evenly spread directions, point p at distance p + 1; equal weights."""
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.points + 1)[:, None]
+        bias = (directions[:, None, None] * distances).expand(-1, self.levels, -1, -1)
+        init.zeros_(self.offsets.weight)
+        init.copy_(self.offsets.bias, bias.flatten())
+        init.zeros_(self.weights.weight)
+        init.zeros_(self.weights.bias)
+
+
+def gather_points(
+    values: torch.Tensor, shapes: list[tuple[int, int]], places: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of bilinear samples, zero outside the maps.
+
+    Args:
+        values: (batch, pixels of all levels, heads, channels).
+        shapes: (height, width) of each level.
+        places: (batch, queries, heads, levels, points, 2) x and y in pixels of each level.
+        weights: (batch, queries, heads, levels, points).
+
+    Returns:
+        (batch, queries, heads, channels).
+    """
+    batch, pixels, heads, channels = values.shape
+    height, width = (torch.tensor(side, device=values.device)[:, None] for side in zip(*shapes, strict=True))
+    start = (height * width).cumsum(0) - height * width
+    corner = places.detach().floor()
+    inside = places - corner
+    rows, shares = [], []
+    for down in (0, 1):
+        for right in (0, 1):
+            x, y = corner[..., 0].long() + right, corner[..., 1].long() + down
+            visible = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            share = (inside[..., 0] if right else 1 - inside[..., 0]) * (
+                inside[..., 1] if down else 1 - inside[..., 1]
+            )
+            rows.append(torch.where(visible, start + y * width + x, 0))
+            shares.append(torch.where(visible, share * weights, 0))
+    # One embedding bag per query and head: rows of the table are (batch, pixel, head).
+    first = torch.arange(batch, device=values.device)[:, None] * pixels * heads + torch.arange(
+        heads, device=values.device
+    )
+    rows = torch.stack(rows, dim=-1).flatten(3) * heads + first[:, None, :, None]
+    shares = torch.stack(shares, dim=-1).flatten(3)
+    sums = nn.functional.embedding_bag(
+        rows.flatten(0, 2), values.reshape(-1, channels), per_sample_weights=shares.flatten(0, 2), mode="sum"
+    )
+    return sums.view(batch, -1, heads, channels)
+
+
+def pixel_centres(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """Centres of all pixels of all levels, in 0..1: (pixels, 2) x and y, dtype and device of `like`."""
+    centres = []
+    for height, width in shapes:
+        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1))
+    return torch.cat(centres)
+
+
+def sine_positions(height: int, width: int, channels: int, device: torch.device) -> torch.Tensor:
+    """DETR's sine positions of a map, y in the first half of the channels: (height * width, channels), fp32."""
+    half = channels // 2
+    frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2) / half)
+    halves = []
+    for side in (height, width):
+        place = torch.arange(1, side + 1, device=device) / (side + 1e-6) * (2 * math.pi)
+        angle = place[:, None] / frequency
+        halves.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=-1).flatten(1))
+    y = halves[0][:, None].expand(-1, width, -1)
+    x = halves[1][None, :].expand(height, -1, -1)
+    return torch.cat([y, x], dim=-1).flatten(0, 1)
+
+
+def _top_down(levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Adds each level, coarse first, to the next finer one."""
+    merged = [levels[0]]
+    for level in levels[1:]:
+        merged.append(_upsample_add(level, merged[-1]))
+    return merged
+
+
+def _upsample_add(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    return fine + nn.functional.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
