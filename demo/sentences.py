@@ -398,19 +398,24 @@ def expressions(rng: random.Random, things: Sequence[Thing], speech: Speech, no_
     shares = (no_target, single, 1 - no_target - single)
     for _ in range(rng.randint(3, 5)):
         count, sayings = rng.choices(((0, speech.none), (1, speech.single), (2, speech.multi)), shares)[0]
-        for saying in (
-            saying for saying in rng.choices(sayings, k=12) for _ in range(12)
-        ):  # a rare one in earnest too
-            try:
-                meaning = saying(rng, things, speech.forms)
-                targets = tuple(sorted(meaning.find(things)))
-            except Unclear:
-                continue
-            if min(len(targets), 2) != count:
-                continue
+        for meaning, targets in meanings(rng, things, sayings, speech.forms):
             fresh = [words for words in dict.fromkeys(meaning.words(rng) for _ in range(9)) if words not in said]
-            if fresh:
+            if min(len(targets), 2) == count and fresh:
                 sentences = tuple(fresh[: rng.randint(1, 3)])
                 said.update(sentences)
                 yield Expression(meaning, sentences, targets)
                 break
+
+
+def meanings(
+    rng: random.Random, things: Sequence[Thing], sayings: Sequence[Saying], forms: Forms
+) -> Iterator[tuple[Meaning, tuple[int, ...]]]:
+    """Clear meanings with their targets; each saying is tried a dozen times, so that rare ones get their share."""
+    for saying in rng.choices(sayings, k=12):
+        for _ in range(12):
+            try:
+                meaning = saying(rng, things, forms)
+                targets = tuple(sorted(meaning.find(things)))
+            except Unclear:
+                continue
+            yield meaning, targets
