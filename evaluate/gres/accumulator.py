@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .analysis import Threshold, breakdown, choose_threshold, curve, intervals, table
 from .masks import dense_overlaps, resize, rle_overlaps
 from .scores import PROTOCOLS, headline
 
@@ -170,14 +171,42 @@ class GresAccumulator:
             _refuse_gaps(rows["sent_id"], np.fromiter(expected, np.int64))
         return rows
 
-    def compute(self, *, threshold: float | None = None, expected: Iterable[int] | None = None) -> dict[str, float]:
+    def compute(
+        self, *, threshold: float | Threshold | None = None, expected: Iterable[int] | None = None
+    ) -> dict[str, float]:
         """gIoU, cIoU, T_acc, N_acc, Pr@X and the always-empty baseline; see `scores.headline`.
 
         Args:
             threshold: a sentence counts as rejected above this no-target probability; by default what `compat` says.
             expected: see `rows`.
         """
-        return headline(self.rows(expected), self.protocol, threshold)
+        rows = self.rows(expected)
+        return headline(rows, self.protocol, _value(threshold, rows))
+
+    def breakdown(self, threshold: float | Threshold | None = None) -> dict[str, dict[str, float]]:
+        """See `analysis.breakdown`."""
+        rows = self.rows()
+        return breakdown(rows, self.protocol, _value(threshold, rows))
+
+    def intervals(
+        self, threshold: float | Threshold | None = None, **options: float
+    ) -> dict[str, tuple[float, float]]:
+        """See `analysis.intervals`."""
+        rows = self.rows()
+        return intervals(rows, self.protocol, _value(threshold, rows), **options)
+
+    def table(self, threshold: float | Threshold | None = None) -> dict[str, list]:
+        """See `analysis.table`."""
+        rows = self.rows()
+        return table(rows, self.protocol, _value(threshold, rows))
+
+    def curve(self) -> dict[str, np.ndarray]:
+        """See `analysis.curve`."""
+        return curve(self.rows(), self.protocol)
+
+    def choose_threshold(self, by: str = "gIoU") -> Threshold:
+        """See `analysis.choose_threshold`."""
+        return choose_threshold(self.rows(), self.protocol, by)
 
 
 def complete(reference: Mapping) -> dict:
@@ -191,6 +220,10 @@ def complete(reference: Mapping) -> dict:
             f"a reference has no {sorted(unknown)}: mask, no_target and, optionally, {', '.join(REFERENCE_DEFAULTS)}"
         )
     return {**REFERENCE_DEFAULTS, **reference}
+
+
+def _value(threshold: float | Threshold | None, rows: np.ndarray) -> float | None:
+    return threshold.for_rows(rows) if isinstance(threshold, Threshold) else threshold
 
 
 def _column(name: str, values: Sequence, length: int) -> np.ndarray:

@@ -16,6 +16,8 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     import torch
 
+CHUNK = 64  # pairs read at once: their run lengths stay in a processor's cache
+
 
 class Rle(TypedDict):
     """A COCO run-length mask: `size` is [height, width] in pixels, `counts` the compressed string (str or bytes)."""
@@ -55,20 +57,11 @@ def rle_overlaps(predictions: Sequence[Rle], truths: Sequence[Rle]) -> tuple[np.
         if list(prediction["size"]) != list(truth["size"]):
             raise ValueError(
                 f"prediction {index} is {list(prediction['size'])} and its reference {list(truth['size'])} (height, "
-                'width): predict at the reference\'s size, or choose a common one with resolution="original" or '
-                "resolution=480"
+                'width): predict at the reference\'s size, or choose a common one with resolution="original" or 480'
             )
-    if not predictions:
-        return (np.zeros(0, np.int64),) * 3
-    pred_runs, pred_first, pred_on = _read_runs(predictions, "prediction")
-    true_runs, true_first, true_on = _read_runs(truths, "reference")
-    pred_ends = np.cumsum(pred_runs)
-    true_ends = np.concatenate([[0], np.cumsum(true_runs)])
-    true_area = np.concatenate([[0], np.cumsum(true_runs * true_on)])
-    covered = np.interp(pred_ends, true_ends, true_area)  # exact: slopes are 0 or 1, values stay below 2**53
-    intersection = np.add.reduceat(np.diff(covered, prepend=0) * pred_on, pred_first).astype(np.int64)
-    predicted = np.add.reduceat(pred_runs * pred_on, pred_first)
-    truth = np.add.reduceat(true_runs * true_on, true_first)
+    chunks = range(0, len(predictions), CHUNK)
+    counts = [_overlaps(predictions[i : i + CHUNK], truths[i : i + CHUNK], i) for i in chunks]
+    intersection, predicted, truth = np.concatenate([np.zeros((3, 0), np.int64), *counts], axis=1)
     return intersection, predicted + truth - intersection, predicted
 
 
@@ -95,46 +88,70 @@ def _count(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
     return both, np.count_nonzero(prediction), np.count_nonzero(truth)
 
 
-def _read_runs(rles: Sequence[Rle], side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All runs of a batch end to end: lengths in pixels, index of each mask's first run, 1 where foreground."""
+def _overlaps(predictions: Sequence[Rle], truths: Sequence[Rle], offset: int) -> np.ndarray:
+    """Intersection, predicted and true area of each pair, int64 (3, n)."""
+    pred_runs, pred_first = _read_runs(predictions, "prediction", offset)
+    true_runs, true_first = _read_runs(truths, "reference", offset)
+    true_ends = np.cumsum(true_runs)
+    true_area = np.repeat(np.cumsum(true_runs[:, 0]), 2)  # grows along a foreground run, rests along the background
+    pred_ends = np.cumsum(pred_runs).reshape(-1, 2)
+    pred_ends[:, 1] = pred_ends[:, 0] - pred_runs[:, 0]
+    covered = np.interp(pred_ends, true_ends, true_area)  # exact: slopes are 0 or 1, values below 2**53
+    both = (covered[:, 0] - covered[:, 1]).astype(np.int64)
+    pairs = (both, pred_first), (pred_runs[:, 0], pred_first), (true_runs[:, 0], true_first)
+    return np.stack([np.add.reduceat(pixels, first) for pixels, first in pairs])
+
+
+def _read_runs(rles: Sequence[Rle], side: str, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """All runs of a batch, int64 (rows, 2) of foreground then background pixels, and each mask's first row.
+
+    A mask begins with background: its first row is (0, first run).
+    """
     strings = [_as_bytes(rle)["counts"] for rle in rles]
     lengths = np.array([len(string) for string in strings])
-    _refuse(lengths == 0, rles, side, "has no counts")
-    codes = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
-    first_code = np.cumsum(lengths) - lengths
-    _refuse(np.logical_or.reduceat((codes < 0) | (codes > 63), first_code), rles, side, "has stray characters")
-    ends = np.flatnonzero(codes < 32)  # 5 bits a character, lowest first; bit 5 says that more follow
-    _refuse(codes[first_code + lengths - 1] >= 32, rles, side, "is cut short")
+    codes = np.frombuffer(b"".join(strings), np.uint8) - np.uint8(48)  # 5 bits each, lowest first; 32: more follow
+    last = np.cumsum(lengths) - 1
+    _refuse(lengths == 0, rles, side, offset, "is empty")
+    if codes.max() > 63 or codes[last].max() > 31:
+        broken = np.array([max(code) > 63 or code[-1] > 31 for code in np.split(codes, last[:-1] + 1)])
+        _refuse(broken, rles, side, offset, "is no RLE string")
+    ends = np.flatnonzero(codes < 32)
+    last_run = np.searchsorted(ends, last)
+    values = _join_digits(codes, ends)
+    num_runs = np.diff(last_run, prepend=-1)
+    num_rows = num_runs // 2 + 1
+    first_row = np.cumsum(num_rows) - num_rows
+    runs = np.zeros((num_rows.sum(), 2), np.int64)
+    places = np.arange(len(values)) + np.repeat(2 * first_row + num_runs - last_run, num_runs)
+    runs.reshape(-1)[places] = values
+    # from its third row on, a string stores each run less the one a row above
+    total = np.cumsum(runs, axis=0)
+    total -= np.repeat(total[first_row], num_rows, axis=0)
+    total[first_row] = runs[first_row]
+    total[(first_row + num_rows - 1)[num_runs % 2 == 0], 1] = 0  # an even string ends with foreground
+    _refuse(np.minimum.reduceat(total.ravel(), 2 * first_row) < 0, rles, side, offset, "has a run of negative length")
+    pixels = [int(rle["size"][0]) * int(rle["size"][1]) for rle in rles]
+    _refuse(np.add.reduceat(total.ravel(), 2 * first_row) != pixels, rles, side, offset, "does not fill its size")
+    return total, first_row
+
+
+def _join_digits(codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Signed numbers whose 5-bit digits, lowest first, end at the given codes."""
     digits = np.diff(ends, prepend=-1)
-    first_run = np.searchsorted(ends, first_code)
-    _refuse(np.maximum.reduceat(digits, first_run) > 7, rles, side, "has a run of more than 35 bits")
-    place = 5 * (np.arange(len(codes)) - np.repeat(ends - digits + 1, digits))
-    runs = np.add.reduceat((codes & 31) << place, ends - digits + 1)
-    runs -= ((codes[ends] & 16) > 0) * (1 << 5 * digits)
-    rank = np.arange(len(runs)) - np.repeat(first_run, np.diff(first_run, append=len(runs)))
-    _undo_differences(runs, rank)
-    _refuse(np.minimum.reduceat(runs, first_run) < 0, rles, side, "has a run of negative length")
-    pixels = np.array([int(rle["size"][0]) * int(rle["size"][1]) for rle in rles])
-    _refuse(np.add.reduceat(runs, first_run) != pixels, rles, side, "does not fill its size")
-    return runs, first_run, rank & 1
+    values = ((codes[ends] & 31).astype(np.int64) ^ 16) - 16
+    longer = np.flatnonzero(digits > 1)
+    for place in range(1, digits.max()):
+        values[longer] = values[longer] * 32 + (codes[ends[longer] - place] & 31)
+        longer = longer[digits[longer] > place + 1]
+    return values
 
 
-def _undo_differences(runs: np.ndarray, rank: np.ndarray) -> None:
-    """In place: from its fourth run on, a mask's string stores each run less the run two before."""
-    for parity in (1, 2):
-        chain = np.flatnonzero((rank > 0) & (rank % 2 == parity % 2))
-        first = rank[chain] == parity
-        total = np.cumsum(runs[chain])
-        before = (total - runs[chain])[first]
-        runs[chain] = total - np.repeat(before, np.diff(np.flatnonzero(first), append=len(chain)))
-
-
-def _refuse(bad: np.ndarray, rles: Sequence[Rle], side: str, fault: str) -> None:
+def _refuse(bad: np.ndarray, rles: Sequence[Rle], side: str, offset: int, fault: str) -> None:
     if bad.any():
         index = int(np.argmax(bad))
         rle = rles[index]
         raise ValueError(
-            f"the mask of {side} {index} {fault}: size {list(rle['size'])}, counts {rle['counts'][:40]!r}; "
+            f"the mask of {side} {offset + index} {fault}: size {list(rle['size'])}, counts {rle['counts'][:40]!r}; "
             "encode masks with metric.encode or pycocotools.mask.encode"
         )
 
