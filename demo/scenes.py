@@ -33,9 +33,14 @@ from demo.sentences import COLOURS, SPEECHES, Expression, Thing, expressions
 VERSION = 1  # of the scenes: raise it when equal parameters would give other files
 SPLITS = ("train", "val", "testA", "testB")
 SHAPES = ("circle", "square", "star", "triangle", "ring")  # category ids count from 1 in this order
-RGB = dict(
-    zip(COLOURS, ((222, 47, 44), (52, 168, 72), (40, 104, 226), (250, 208, 40), (150, 62, 196), (246, 246, 244)))
-)
+RGB = {
+    "red": (222, 47, 44),
+    "green": (52, 168, 72),
+    "blue": (40, 104, 226),
+    "yellow": (250, 208, 40),
+    "purple": (150, 62, 196),
+    "white": (246, 246, 244),
+}
 DOT_RGB = (72, 66, 60)  # a crowd's colour, none that is spoken of
 
 
@@ -85,7 +90,7 @@ def distance_to(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     to_x, to_y = x - start[:, 0], y - start[:, 1]  # (corners, h, w)
     along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
     distance = np.sqrt(((to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2).min(0))
-    after, before = to_y >= 0, to_y < edge_y  # an edge that goes down the image spans this row where both hold
+    after, before = to_y >= 0, to_y < edge_y  # both: the edge goes down past this row; neither: it goes up past it
     turn = edge_x * to_y - edge_y * to_x
     inside = np.logical_xor.reduce((after & before & (turn > 0)) | (~after & ~before & (turn < 0)))
     return np.where(inside, -distance, distance) - ROUNDING[shape]

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from demo.scenes import LEVELS, RGB, SHAPES, box_of, make_scene, outlines, run_lengths, write_scenes
+from demo.scenes import LEVELS, RGB, SHAPES, box_of, lay_out, make_scene, outlines, run_lengths, write_scenes
 from demo.sentences import Between, Both, Except, Extreme, Kind, Relation, Side, The, Thing, Unclear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +122,18 @@ def test_masks_fill_their_boxes_and_never_overlap(written):
             assert box_of(mask.astype(bool)) == annotation["bbox"]
 
 
+@pytest.mark.parametrize("level", sorted(LEVELS))
+def test_enough_of_everything_is_seen(level):
+    rules, hidden = LEVELS[level], 0
+    for seed in range(40):
+        figures, masks = lay_out(random.Random(seed), rules, 96)
+        assert rules.objects[0] <= len(figures) <= rules.objects[1]
+        seen = [mask.sum() / (figure.distance < 0).sum() for figure, mask in zip(figures, masks)]
+        assert min(seen) >= rules.seen
+        hidden += min(seen) < 1
+    assert hidden > 5
+
+
 def test_full_scenes_have_polygons_holes_parts_and_crowds():
     seen = Counter()
     for index in range(60):
@@ -169,17 +182,16 @@ def things_in_files(out: Path, coco: COCO, image_id: int) -> dict[int, Thing]:
 
 def test_every_meaning_finds_in_the_files_what_the_ref_names(written):
     level, out = written
-    coco, places = COCO(str(out / "instances.json")), Counter()
-    checked = Counter()
-    for ref in refs_of(out):
-        things = things_in_files(out, coco, ref["image_id"])
-        index = (ref["image_id"] - 1) // 4
-        said = make_scene(level, 3, ref["split"], index).expressions[places[ref["image_id"]]]
-        places[ref["image_id"]] += 1
-        assert [sentence["sent"] for sentence in ref["sentences"]] == list(said.sentences)
-        found = sorted(said.meaning.find(list(things.values())))
-        assert [list(things)[i] for i in found] == ([] if ref["no_target"] else ref["ann_id"])
-        checked[type(said.meaning).__name__] += 1
+    coco, checked = COCO(str(out / "instances.json")), Counter()
+    for image_id, group in groupby(refs_of(out), key=lambda ref: ref["image_id"]):
+        refs, things = list(group), things_in_files(out, coco, image_id)
+        said = make_scene(level, 3, refs[0]["split"], (image_id - 1) // 4).expressions
+        assert len(said) == len(refs)
+        for one, ref in zip(said, refs):
+            assert [sentence["sent"] for sentence in ref["sentences"]] == list(one.sentences)
+            found = sorted(one.meaning.find(list(things.values())))
+            assert [list(things)[i] for i in found] == ([] if ref["no_target"] else ref["ann_id"])
+            checked[type(one.meaning).__name__] += 1
     assert set(checked) == {"The", "Except", "Both"}
 
 
@@ -248,6 +260,9 @@ STAR, CIRCLE, SQUARE = Kind("star"), Kind("circle"), Kind("square")
         (The(Kind(colour="red"), 0), {0, 2, 3}),
         (The(Kind("star", size="small")), {4}),
         (The(Side(CIRCLE, "left")), {1}),
+        (The(Side(CIRCLE, "right")), {3}),
+        (The(Side(Kind("star", "blue"), "top")), {4}),
+        (The(Side(Kind("star", "blue"), "bottom")), set()),
         (The(Side(STAR, "bottom")), Unclear),
         (The(Extreme(CIRCLE, "right")), {3}),
         (The(Extreme(Kind(), "right")), Unclear),
@@ -326,6 +341,22 @@ def test_bad_arguments_end_in_one_line(tmp_path, flag, value):
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert str(value) in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"level": "hard"}, "hard"),
+        ({"images": {"dev": 1}}, "dev"),
+        ({"images": {}}, "at least one"),
+        ({"size": 9}, "9"),
+    ],
+)
+def test_bad_parameters_are_named(tmp_path, changed, named):
+    parameters = {"level": "easy", "seed": 0, "images": {"train": 1}, "size": 64, **changed}
+    with pytest.raises(ValueError, match=named):
+        write_scenes(tmp_path / "out", **parameters)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
