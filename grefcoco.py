@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 from grefcoco_files import (
     CONFIGS,
+    REPORT,
     Annotations,
     ImageFolder,
     ImageZip,
@@ -53,6 +54,9 @@ from grefcoco_files import (
     targets,
     to_rle,
 )
+from grefer import GRefer
+
+__all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefcoco", "build", "load"]
 
 VERSION = "1.0.0"
 ROWS_PER_GROUP = 100
@@ -512,9 +516,6 @@ def build(
     return report
 
 
-REPORT = "build.json"
-
-
 @dataclass(frozen=True)
 class ShardJob:
     """One Parquet file to write, small enough to send to another process."""
@@ -550,7 +551,7 @@ def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> di
     problems = Problems(notes.problems)
     splits: dict[str, dict[str, int]] = {}
     shards = {}
-    with tqdm(total=sum(len(job.image_ids) for job in jobs), unit="image", desc="build") as bar:
+    with tqdm(total=sum(len(job.image_ids) for job in jobs), unit="image", desc="build", disable=None) as bar:
         for job, (counts, digest, found) in zip(jobs, _run(jobs, num_proc)):
             bar.update(len(job.image_ids))
             problems.merge(found)
@@ -567,7 +568,8 @@ def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> di
         raise ValueError(
             "Nothing is left to build: " + ("; ".join(problems.lines()) or "the refs file is empty") + "."
         )
-    return {"splits": splits, "problems": problems, "categories": notes.categories, "shards": shards}
+    parts = {"categories": notes.categories, "refs_without_sentences": notes.wordless, "shards": shards}
+    return {"splits": splits, "problems": problems, **parts}
 
 
 def _run(jobs: list[ShardJob], num_proc: int) -> Iterator[tuple[dict[str, int], str, Problems]]:
@@ -653,6 +655,12 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(former)
     partial.rename(out)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def stored_image_ids(folder: str | Path, split: str) -> set[int]:
+    """Image ids of a split in a built folder, read without anything else."""
+    paths = (Path(folder) / "data").glob(f"{split}-*.parquet")
+    return set(chain.from_iterable(pq.read_table(path, columns=["image_id"])[0].to_pylist() for path in paths))
 
 
 def _refuse_problems(problems: Problems, strict: bool) -> None:

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
-SPLITS = ("train", "val", "testA", "testB", "testC", "test")
+SPLITS = ("train", "val", "testA", "testB", "testC", "testAB", "testBC", "test")
+REPORT = "build.json"  # its presence tells a built folder
 # Configuration -> folder, name of the refs file without suffix.
 CONFIGS = {
     "grefcoco": ("grefcoco", "grefs(unc)"),
@@ -75,13 +76,15 @@ class Annotations:
     """The annotation files, checked and paired by image id.
 
     `splits` holds, per split and image id in order of first appearance, the refs that can be used; `objects` all
-    annotations of an image. What is wrong but survivable is in `problems`.
+    annotations of an image; `wordless` the refs without sentences, which no row can show. What is wrong but survivable
+    is in `problems`.
     """
 
     images: dict[int, dict]
     objects: dict[int, list[dict]]
     categories: list[dict]
     splits: dict[str, dict[int, list[dict]]]
+    wordless: list[dict]
     problems: Problems = field(default_factory=Problems)
 
 
@@ -101,7 +104,7 @@ def find_files(folder: str | Path, config: str) -> tuple[Path, Path]:
                 return refs, place / "instances.json"
     raise FileNotFoundError(
         f"{folder}: no {stem}.json or {stem}.p with an instances.json beside it. Point to the folder that holds both "
-        "(`python grefcoco.py download` fetches them)."
+        "(`build --download` fetches gRefCOCO's)."
     )
 
 
@@ -219,7 +222,8 @@ def _pair(refs: list[dict], instances: dict) -> Annotations:
             splits.setdefault(ref["split"], {}).setdefault(ref["image_id"], []).append(ref)
     _note_sentences(refs, problems)
     ordered = {split: splits[split] for split in SPLITS if split in splits}
-    return Annotations(images, objects, instances["categories"], ordered, problems)
+    wordless = [ref for ref in refs if not ref["sentences"]]
+    return Annotations(images, objects, instances["categories"], ordered, wordless, problems)
 
 
 def _usable(ref: dict, images: dict[int, dict], owner: dict[int, int], problems: Problems) -> bool:
