@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_rela import RelaConfig
+from .pixel_decoder_rela import full_precision
 from .region_decoder_rela import Prediction
 
 
@@ -38,7 +39,7 @@ def category_loss(logits: torch.Tensor, categories: torch.Tensor) -> torch.Tenso
     target = nn.functional.interpolate(categories[:, None].float(), logits.shape[-2:], mode="nearest-exact")[
         :, 0
     ].long()
-    total = nn.functional.cross_entropy(logits.float(), target, ignore_index=-100, reduction="sum")
+    total = nn.functional.cross_entropy(full_precision(logits), target, ignore_index=-100, reduction="sum")
     return total / (target != -100).sum().clamp(min=1)
 
 
@@ -51,8 +52,8 @@ def _terms(
         mask_loss = nn.functional.cross_entropy(_enlarge(prediction.masks, masks), masks.long(), weight)
     return {
         "mask": mask_loss,
-        "minimap": _minimap_loss(prediction.minimap.float(), masks, weight, config.soft_minimap),
-        "no_target": nn.functional.cross_entropy(prediction.no_target.float(), no_target.long(), weight),
+        "minimap": _minimap_loss(full_precision(prediction.minimap), masks, weight, config.soft_minimap),
+        "no_target": nn.functional.cross_entropy(full_precision(prediction.no_target), no_target.long(), weight),
     }
 
 
@@ -72,10 +73,9 @@ def _minimap_loss(minimap: torch.Tensor, masks: torch.Tensor, weight: torch.Tens
     """
     side = math.isqrt(minimap.shape[1])
     target = nn.functional.interpolate(
-        masks[:, None], (side, side), mode="bilinear", align_corners=False, antialias=soft
-    )
-    target = target.flatten(1)
-    target = torch.stack([1 - target, target], dim=1) if soft else target.long()
+        masks.float()[:, None], (side, side), mode="bilinear", align_corners=False, antialias=soft
+    ).flatten(1)
+    target = torch.stack([1 - target, target], dim=1).to(minimap.dtype) if soft else target.long()
     return nn.functional.cross_entropy(minimap.transpose(1, 2), target, weight)
 
 

@@ -20,7 +20,7 @@ from .configuration_rela import RelaConfig
 from .convolution_rela import FrozenBatchNorm
 from .fusion_rela import LanguageGate, per_sentence
 from .loss_rela import category_loss, referring_loss
-from .pixel_decoder_rela import DeformableAttention, PixelDecoder
+from .pixel_decoder_rela import DeformableAttention, PixelDecoder, full_precision
 from .region_decoder_rela import Heads, RegionDecoder
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
@@ -149,7 +149,7 @@ class RelaModel(RelaPreTrainedModel):
         text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         features, stages = self.vision_encoder(pixel_values, text, attention_mask, image_index)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            mask_features, levels = self.pixel_decoder([x.float() for x in features])
+            mask_features, levels = self.pixel_decoder([full_precision(x) for x in features])
         if not self.config.language_fusion:
             mask_features, *levels = (per_sentence(x, image_index) for x in (mask_features, *levels))
         every_layer = self.config.auxiliary_loss and labels is not None

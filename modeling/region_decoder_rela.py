@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_rela import Attention
 from .configuration_rela import RelaConfig
-from .pixel_decoder_rela import sine_positions
+from .pixel_decoder_rela import full_precision, sine_positions
 
 
 class Prediction(NamedTuple):
@@ -134,7 +134,8 @@ class Heads(nn.Module):
         regions = self.norm(query)
         minimap = self.minimap(regions)
         with torch.autocast(query.device.type, enabled=False):
-            target = minimap.float().transpose(1, 2) @ self.mask_embed(regions).float()  # (batch, 2, mask channels)
+            # (batch, 2, mask channels)
+            target = full_precision(minimap).transpose(1, 2) @ full_precision(self.mask_embed(regions))
             masks = (target @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return Prediction(masks, minimap, self.no_target(regions).mean(dim=1))
 
@@ -142,7 +143,7 @@ class Heads(nn.Module):
     def visible(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
         """Pixels each region's own mask covers; all of them where it covers none: (batch, 1, regions, pixels) bool."""
         with torch.autocast(query.device.type, enabled=False):
-            masks = self.mask_embed(self.norm(query)).float() @ mask_features.flatten(2)
+            masks = full_precision(self.mask_embed(self.norm(query))) @ mask_features.flatten(2)
         covered = masks.sigmoid() >= 0.5
         return (covered | ~covered.any(-1, keepdim=True))[:, None]
 

@@ -68,7 +68,8 @@ def test_sentences_that_share_an_image_equal_one_by_one(batch: dict, changes: di
     model = RelaModel(tiny_config(**changes)).eval()
     if changes is SWIN:
         for gate in model.vision_encoder.gates:
-            torch.nn.init.normal_(gate.outer.weight), torch.nn.init.normal_(gate.inner.weight)
+            torch.nn.init.normal_(gate.inner.weight)
+            torch.nn.init.normal_(gate.outer.weight)
         model.eval()
         assert not model.vision_encoder.gates_closed
     with torch.no_grad():

@@ -8,25 +8,8 @@ from modeling.configuration_rela import RelaConfig
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.processing_rela import RelaProcessor, encode_mask
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "the",
-    "red",
-    "blue",
-    "green",
-    "square",
-    "left",
-    "right",
-    "all",
-    "squares",
-    "and",
-    "of",
-    "on",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "red", "blue", "green", "square"]
+WORDS += ["left", "right", "all", "squares", "and", "of", "on"]
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 200, 60)}
 
 SMALL = {
@@ -62,6 +45,7 @@ SWIN = {
     "window_heads": [1, 2, 4, 4],
     "pixel_decoder_layers": 1,
     "drop_path_rate": 0.0,
+    "language_gate": "published",
 }
 RESNET = {"backbone": "resnet", "bottleneck_channels": 4, "language_fusion": False, "pixel_decoder_layers": 1}
 BETTER_LOSS = {"mask_loss": "bce_dice", "soft_minimap": True, "auxiliary_loss": True, "no_target_loss_weight": 1.0}

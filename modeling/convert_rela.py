@@ -1,0 +1,311 @@
+"""Turns a published ReLA checkpoint into a folder that AutoModel and AutoProcessor load.
+
+    python -m modeling.convert_rela gres_swin_base.pth OUT
+
+The published evaluation never loaded the stored weight of the region-language gate: the original predictor's
+`_load_from_state_dict` does not call its parent, so that one parameter kept its initial 0, a gate of sigmoid(0) = 0.5.
+`--language-gate published`, the default here, reproduces the published numbers; `stored` keeps the file's value.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BertConfig
+
+from .configuration_rela import RelaConfig
+from .image_processing_rela import RelaImageProcessor
+from .modeling_rela import RelaModel
+from .processing_rela import RelaProcessor
+from .weight_files_rela import read_weights
+
+DROPPED = re.compile(
+    r".*\.relative_position_index|pixel_(mean|std)|text_encoder\.embeddings\.position_ids|text_encoder\.pooler\..*"
+    r"|criterion\..*|.*\.num_batches_tracked"
+)
+
+_PREDICTOR, _PIXELS, _TRUNK = r"sem_seg_head\.predictor\.", r"sem_seg_head\.pixel_decoder\.", "vision_encoder.trunk."
+_FUSION = {
+    "vis_project": "vision",
+    "project_mm": "project",
+    "image_lang_att.f_query": "query",
+    "image_lang_att.f_key": "key",
+    "image_lang_att.f_value": "value",
+    "image_lang_att.W": "out",
+}
+_DEFORMABLE = {
+    "self_attn.sampling_offsets": "attention.offsets",
+    "self_attn.attention_weights": "attention.weights",
+    "self_attn.value_proj": "attention.value",
+    "self_attn.output_proj": "attention.out",
+    "norm1": "attention_norm",
+    "linear1": "fc1",
+    "linear2": "fc2",
+    "norm2": "ffn_norm",
+}
+_REGION = {
+    "RIA_layers.{}.multihead_attn": "cross_attention",
+    "RIA_layers.{}.norm": "cross_norm",
+    "RLA_vision.{}.self_attn": "self_attention",
+    "RLA_vision.{}.norm": "self_norm",
+    "transformer_ffn_layers.{}.linear1": "fc1",
+    "transformer_ffn_layers.{}.linear2": "fc2",
+    "transformer_ffn_layers.{}.norm": "ffn_norm",
+}
+# Original name -> ours. A pattern matches the whole module path; the parameter's own name (weight, bias, ...) follows.
+RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"text_encoder\..*", r"\g<0>"),
+    (r"backbone\.(patch_embed\..*|layers\.\d+\.blocks\..*)", rf"{_TRUNK}\1"),
+    (
+        r"backbone\.layers\.(\d+)\.downsample\.(norm|reduction)",
+        lambda m: f"{_TRUNK}layers.{int(m[1]) + 1}.downsample.{m[2]}",
+    ),
+    (r"backbone\.layers\.(\d+)\.fusion\.(.+)\.0", lambda m: f"vision_encoder.fusions.{m[1]}.{_FUSION[m[2]]}"),
+    (r"backbone\.layers\.(\d+)\.res_gate\.0", r"vision_encoder.gates.\1.inner"),
+    (r"backbone\.layers\.(\d+)\.res_gate\.2", r"vision_encoder.gates.\1.outer"),
+    (r"backbone\.norm(\d)", r"vision_encoder.norms.\1"),
+    (r"backbone\.stem\.conv1", rf"{_TRUNK}conv1.conv"),
+    (r"backbone\.stem\.conv1\.norm", rf"{_TRUNK}conv1.norm"),
+    (r"backbone\.res(\d)\.(\d+)\.(\w+)", lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv"),
+    (r"backbone\.res(\d)\.(\d+)\.(\w+)\.norm", lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.norm"),
+    (_PIXELS + r"input_proj\.(\d\.\d)", r"pixel_decoder.laterals.\1"),
+    (_PIXELS + r"transformer", "pixel_decoder"),
+    (
+        _PIXELS + r"transformer\.encoder\.layers\.(\d+)\.(.+)",
+        lambda m: f"pixel_decoder.layers.{m[1]}.{_DEFORMABLE[m[2]]}",
+    ),
+    (_PIXELS + r"adapter_1", "pixel_decoder.fine_lateral.0"),
+    (_PIXELS + r"adapter_1\.norm", "pixel_decoder.fine_lateral.1"),
+    (_PIXELS + r"layer_1", "pixel_decoder.fine_output.0"),
+    (_PIXELS + r"layer_1\.norm", "pixel_decoder.fine_output.1"),
+    (_PIXELS + r"mask_features", "pixel_decoder.mask_features"),
+    (_PREDICTOR + r"(?:query_feat|static_query)", "region_decoder.query"),
+    (_PREDICTOR + r"query_embed", "region_decoder.query_position"),
+    (_PREDICTOR + r"level_embed", "region_decoder.level_embed"),
+    (_PREDICTOR + r"input_proj\.(\d)", r"region_decoder.projections.\1"),
+    (_PREDICTOR + r"lang_proj", "region_decoder.text_projection"),
+    (_PREDICTOR + r"RLA_lang_att\.multihead_attn(\.out_proj)?", r"region_decoder.language_attention\1"),
+    (_PREDICTOR + r"RLA_lang_att\.norm", "region_decoder.language_norm"),
+    (
+        _PREDICTOR + r"(\w+)\.(\d+)\.(\w+)(\.out_proj)?",
+        lambda m: f"region_decoder.layers.{m[2]}.{_REGION[f'{m[1]}.{{}}.{m[3]}']}{m[4] or ''}",
+    ),
+    (_PREDICTOR + r"decoder_norm", "region_decoder.heads.norm"),
+    (_PREDICTOR + r"minimap_embed", "region_decoder.heads.minimap"),
+    (_PREDICTOR + r"nt_embed\.layers\.(\d)", lambda m: f"region_decoder.heads.no_target.{2 * int(m[1])}"),
+    (_PREDICTOR + r"mask_embed\.layers\.(\d)", lambda m: f"region_decoder.heads.mask_embed.{2 * int(m[1])}"),
+]
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, torch.Tensor], language_gate: str = "stored"
+) -> dict[str, torch.Tensor]:
+    """Original parameter names to those of `RelaModel`; 1 x 1 convolutions become linear, fused projections split.
+
+    Args:
+        state_dict: the original's, what its checkpoint keeps under "model".
+        language_gate: "stored" keeps the region-language gate's weight, "published" sets it to 0.
+
+    Raises:
+        ValueError: for a key that is neither used nor known to be dropped (`DROPPED`).
+    """
+    converted = {}
+    for name, value in state_dict.items():
+        if DROPPED.fullmatch(name):
+            continue
+        value = torch.as_tensor(value)
+        ours = _rename(name)
+        if ours.endswith(("in_proj_weight", "in_proj_bias")):
+            module, _, leaf = ours.rpartition(".in_proj_")
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{module}.{letter}_proj.{leaf}"] = part.clone()
+        elif ".fusions." in ours or ".projections." in ours:
+            converted[ours] = value.reshape(value.shape[:2]) if value.ndim > 2 else value
+        else:
+            converted[ours] = value
+    if language_gate == "published":
+        converted["region_decoder.language_gate"] = torch.zeros(())
+    return converted
+
+
+def _rename(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    if name == "sem_seg_head.predictor.lang_weight":
+        return "region_decoder.language_gate"
+    if name == "sem_seg_head.pixel_decoder.transformer.level_embed":
+        return "pixel_decoder.level_embed.weight"
+    for pattern, replacement in RULES:
+        match = re.fullmatch(pattern, module)
+        if match:
+            try:
+                return f"{match.expand(replacement) if isinstance(replacement, str) else replacement(match)}.{leaf}"
+            except KeyError:
+                break
+    raise ValueError(
+        f"unknown key {name!r} in the checkpoint: not a ReLA parameter. Only the original's own checkpoints are "
+        "converted; backbone-only weights are loaded for training instead"
+    )
+
+
+def infer_config(
+    state_dict: Mapping[str, torch.Tensor], num_attention_heads: int = 8, text_num_attention_heads: int = 12
+) -> RelaConfig:
+    """The configuration of an original state dict, read from names and shapes.
+
+    Args:
+        state_dict: the original's, what its checkpoint keeps under "model".
+        num_attention_heads: of the pixel and region decoders, which no shape tells.
+        text_num_attention_heads: of BERT, likewise.
+
+    Raises:
+        ValueError: when the state dict is neither of a Swin nor of a ResNet ReLA.
+    """
+    shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
+    pixels, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
+    if f"{predictor}query_embed.weight" not in shapes:
+        raise ValueError("no sem_seg_head.predictor.query_embed.weight among the keys: not a ReLA checkpoint")
+    layer = f"{pixels}transformer.encoder.layers.0."
+    mask_size, pixel_decoder_size = shapes[f"{pixels}mask_features.weight"][:2]
+    num_queries, hidden_size = shapes[f"{predictor}query_embed.weight"]
+    return RelaConfig(
+        **_infer_backbone(shapes),
+        text_config=_infer_text(shapes, text_num_attention_heads),
+        num_attention_heads=num_attention_heads,
+        pixel_decoder_size=pixel_decoder_size,
+        pixel_decoder_layers=_count(shapes, rf"{_PIXELS}transformer\.encoder\.layers\.(\d+)\."),
+        pixel_decoder_ffn_size=shapes[f"{layer}linear1.weight"][0],
+        pixel_decoder_points=shapes[f"{layer}self_attn.attention_weights.weight"][0] // (3 * num_attention_heads),
+        mask_size=mask_size,
+        hidden_size=hidden_size,
+        num_queries=num_queries,
+        decoder_layers=_count(shapes, rf"{_PREDICTOR}RIA_layers\.(\d+)\."),
+        decoder_ffn_size=shapes[f"{predictor}transformer_ffn_layers.0.linear1.weight"][0],
+    )
+
+
+def _infer_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    if "backbone.patch_embed.proj.weight" in shapes:
+        tables = [shapes[f"backbone.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(4)]
+        channels = [shapes[f"backbone.norm{i}.weight"][0] for i in range(4)]
+        return {
+            "backbone": "swin",
+            "stage_channels": channels,
+            "depths": [_count(shapes, rf"backbone\.layers\.{i}\.blocks\.(\d+)\.") for i in range(4)],
+            "window_heads": [table[1] for table in tables],
+            "window_size": (round(tables[0][0] ** 0.5) + 1) // 2,
+            "mlp_ratio": shapes["backbone.layers.0.blocks.0.mlp.fc1.weight"][0] / channels[0],
+        }
+    if "backbone.stem.conv1.weight" in shapes:
+        return {
+            "backbone": "resnet",
+            "stage_channels": [shapes[f"backbone.res{i}.0.conv3.weight"][0] for i in range(2, 6)],
+            "depths": [_count(shapes, rf"backbone\.res{i}\.(\d+)\.") for i in range(2, 6)],
+            "stem_channels": shapes["backbone.stem.conv1.weight"][0],
+            "bottleneck_channels": shapes["backbone.res2.0.conv1.weight"][0],
+            "language_fusion": False,
+        }
+    raise ValueError("neither backbone.patch_embed nor backbone.stem among the keys: not a Swin or ResNet ReLA")
+
+
+def _infer_text(shapes: Mapping[str, tuple[int, ...]], heads: int) -> BertConfig:
+    embeddings = "text_encoder.embeddings."
+    vocab_size, hidden_size = shapes[f"{embeddings}word_embeddings.weight"]
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=_count(shapes, r"text_encoder\.encoder\.layer\.(\d+)\."),
+        num_attention_heads=heads,
+        intermediate_size=shapes["text_encoder.encoder.layer.0.intermediate.dense.weight"][0],
+        max_position_embeddings=shapes[f"{embeddings}position_embeddings.weight"][0],
+        type_vocab_size=shapes[f"{embeddings}token_type_embeddings.weight"][0],
+    )
+
+
+def _count(names: Mapping[str, object], pattern: str) -> int:
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+tags: [referring-segmentation, GRES, gRefCOCO]
+---
+
+# ReLA, converted from {source}
+
+Segments whatever a sentence refers to in an image: one thing, several, or none. Network and weights:
+"GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+outputs = model(**processor(images=[image], text=["the two people on the left"]))
+result = processor.post_process_referring_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
+```
+
+Region-language gate: {language_gate}. The published evaluation ran with the gate's initial value, sigmoid(0) = 0.5,
+because the original code never loads the stored one; `published` reproduces that, `stored` keeps the file's value.
+"""
+
+
+def convert(
+    checkpoint: Path, folder: Path, language_gate: str, tokenizer: str, image_size: int, num_attention_heads: int
+) -> RelaModel:
+    """Write `folder` with model, processor, their code and a card; nothing is written unless everything converts.
+
+    Raises:
+        ValueError: for a file that cannot be read or is no ReLA checkpoint, or a folder that is not empty.
+        OSError: when the tokenizer cannot be had.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: name a new one")
+    state_dict = read_weights(checkpoint)
+    config = infer_config(state_dict, num_attention_heads)
+    model = RelaModel(config)
+    missing, unexpected = model.load_state_dict(convert_state_dict(state_dict, language_gate), strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{checkpoint} is not a whole ReLA: {len(missing)} parameters missing, {missing[:3]} first")
+    image_processor = RelaImageProcessor(size={"height": image_size, "width": image_size})
+    processor = RelaProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+        whole = Path(staging) / folder.name
+        model.eval().save_pretrained(whole)
+        processor.save_pretrained(whole)
+        card = CARD.format(source=checkpoint.name, language_gate=language_gate)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        whole.replace(folder)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="modeling.convert_rela", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="the original's .pth, .pkl or .safetensors")
+    parser.add_argument("folder", type=Path, help="where to write the converted model")
+    parser.add_argument(
+        "--language-gate",
+        choices=("published", "stored"),
+        default="published",
+        help="published: 0, as the published evaluation ran; stored: the file's value",
+    )
+    parser.add_argument("--tokenizer", default="bert-base-uncased", help="Hub id or folder of BERT's tokenizer")
+    parser.add_argument("--image-size", type=int, default=480, help="side of the square the images are squashed to")
+    parser.add_argument("--num-attention-heads", type=int, default=8, help="heads of the pixel and region decoders")
+    options = parser.parse_args(arguments)
+    try:
+        model = convert(**vars(options))
+    except (ValueError, OSError) as error:
+        print(f"convert_rela: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"{options.folder}: {model.config.backbone}, {model.num_parameters() / 1e6:.1f} M parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
