@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the suite. Both make their own environment.
 PYTHON ?= python3
 LEVEL ?= easy
+DATA ?= data
 RECIPE ?= recipes/demo.yaml
 OUT ?= runs/demo
 TRAIN_FLAGS ?=
@@ -15,9 +16,9 @@ BIN = .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python demo/scenes.py data/scenes-$(LEVEL) --level $(LEVEL) $(SCENES_FLAGS)
-	$(BIN)/python grefcoco.py build --annotations data/scenes-$(LEVEL) --images data/scenes-$(LEVEL)/train2014 --out data/$(LEVEL)
-	$(BIN)/python train.py $(RECIPE) --dataset data/$(LEVEL) --output_dir $(OUT) $(TRAIN_FLAGS)
+	$(BIN)/python demo/scenes.py $(DATA)/scenes-$(LEVEL) --level $(LEVEL) $(SCENES_FLAGS)
+	$(BIN)/python grefcoco.py build --annotations $(DATA)/scenes-$(LEVEL) --images $(DATA)/scenes-$(LEVEL)/train2014 --out $(DATA)/$(LEVEL)
+	$(BIN)/python train.py $(RECIPE) --dataset $(DATA)/$(LEVEL) --output_dir $(OUT) $(TRAIN_FLAGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -102,6 +102,24 @@ def published_rows(split: str) -> dict[str, dict[str, float]]:
     return {f"{name} (published, real gRefCOCO)": {"gIoU": g, "cIoU": c} for name, (g, c) in found.items()}
 
 
+def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences: int) -> str:
+    """report.md of a run, from what metrics.json holds, its configuration and the number of measured sentences."""
+    split, trained = config["split"], summary["train"]
+    rows = {"**this model**": summary["gres"], **summary["baselines"], **published_rows(split)}
+    lines = [f"# GRES on {config['dataset']}, split {split}, {num_sentences} sentences", "", metrics_table(rows), ""]
+    if trained["steps"]:
+        speed = trained["sentences"] / max(trained["seconds"], 1e-9)
+        lines += [
+            f"Trained {trained['steps']} steps on {trained['sentences']} sentences in {trained['seconds'] / 60:.1f} "
+            f"minutes ({speed:.0f} sentences a second), {trained['parameters'] / 1e6:.2f} M parameters, "
+            f"seed {config['seed']}.",
+            "",
+            "![learning curve](learning_curve.png)",
+            "",
+        ]
+    return "\n".join([*lines, "![predictions](predictions.png)", ""])
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
