@@ -109,8 +109,7 @@ def _build(options: argparse.Namespace) -> int:
     )
     for split, counts in report["splits"].items():
         print(_counts_line(split, counts))
-    for line in Problems(report["problems"]).lines():
-        print(f"problem: {line}")
+    _print_problems(report["problems"])
     if options.push_to_hub:
         api = HfApi()
         api.create_repo(options.push_to_hub, repo_type="dataset", exist_ok=True)
@@ -186,7 +185,9 @@ def _check(options: argparse.Namespace) -> int:
         damage, splits, config = _check_built(source)
     else:
         notes = read_annotations(source, options.config)
-        damage, splits, config = _check_genuine(source, notes, options.config), _count_genuine(notes), options.config
+        damage, splits, config = [], _count_genuine(notes), options.config
+        _print_hashes(source, config)
+        _print_problems(notes.problems)
         _print_shared({split: set(groups) for split, groups in notes.splits.items()})
     for split, counts in splits.items():
         print(f"{_counts_line(split, counts)}: {_verdict(split, counts, config)}")
@@ -203,20 +204,23 @@ def _check_built(source: Path) -> tuple[list[str], dict[str, dict[str, int]], st
             damage.append(f"{source / name} is missing; build again.")
         elif grefcoco.sha256(source / name) != digest:
             damage.append(f"{source / name} is not what was built (sha256 differs); build again.")
-    for line in Problems(report["problems"]).lines():
-        print(f"problem met when built: {line}")
+    _print_problems(report["problems"])
     if not damage:
         _print_shared({split: grefcoco.stored_image_ids(source, split) for split in report["splits"]})
     return damage, report["splits"], report["config"]
 
 
-def _check_genuine(source: Path, notes: Annotations, config: str) -> list[str]:
+def _print_hashes(source: Path, config: str) -> None:
     for path in find_files(source, config):
         found = grefcoco.sha256(path)
         known = OFFICIAL_SHA256.get(path.name) if config == "grefcoco" else None
         verdict = "official release" if found == known else "not the official release" if known else "no official hash"
         print(f"{path}: sha256 {found}, {verdict}")
-    return notes.problems.lines()
+
+
+def _print_problems(problems: dict[str, list[str]]) -> None:
+    for line in Problems(problems).lines():
+        print(f"problem: {line}")
 
 
 def _count_genuine(notes: Annotations) -> dict[str, dict[str, int]]:
