@@ -1,0 +1,104 @@
+"""One-to-one matching of predicted and true boxes, for many sentences at once, as the published evaluator does it.
+
+Each step takes the pair that overlaps most and strikes its row and column, until the best pair left falls below the
+threshold. Arithmetic is float32 throughout, as there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .ties import first_of_topk
+
+CELLS = 1 << 18  # prediction-truth pairs held at once
+
+
+def count_matches(
+    predictions: np.ndarray,
+    num_predictions: np.ndarray,
+    truths: np.ndarray,
+    num_truths: np.ndarray,
+    *,
+    generalised: bool,
+    threshold: float,
+) -> np.ndarray:
+    """Number of matched pairs per sentence, int64 (n,).
+
+    Args:
+        predictions, truths: float32 boxes x0, y0, x1, y1 of all sentences end to end.
+        num_predictions, num_truths: how many belong to each sentence, (n,).
+        generalised: compare by generalised IoU (Rezatofighi et al., CVPR 2019) or by plain IoU.
+        threshold: least overlap of a matched pair.
+    """
+    matched = np.zeros(len(num_truths), np.int64)
+    first_prediction = np.cumsum(num_predictions) - num_predictions
+    first_truth = np.cumsum(num_truths) - num_truths
+    todo = np.flatnonzero((num_predictions > 0) & (num_truths > 0))
+    todo = todo[np.lexsort((num_predictions[todo], num_truths[todo]))]
+    while len(todo):
+        largest = np.maximum.accumulate(num_predictions[todo]) * np.maximum.accumulate(num_truths[todo])
+        take = max(1, int(np.searchsorted(largest * np.arange(1, len(todo) + 1), CELLS)))
+        chunk, todo = todo[:take], todo[take:]
+        rows, row_is = _pad(predictions, first_prediction[chunk], num_predictions[chunk])
+        columns, column_is = _pad(truths, first_truth[chunk], num_truths[chunk])
+        overlap = overlaps(rows[:, :, None], columns[:, None, :], generalised=generalised)
+        overlap[~valid_boxes(rows)] = -np.inf
+        overlap[~(row_is[:, :, None] & column_is[:, None, :])] = -np.inf
+        matched[chunk] = _match(overlap, num_predictions[chunk], num_truths[chunk], threshold)
+    return matched
+
+
+def overlaps(predictions: np.ndarray, truths: np.ndarray, *, generalised: bool) -> np.ndarray:
+    """IoU or generalised IoU of float32 boxes (..., 4) x0, y0, x1, y1; nan where both boxes are without area."""
+    pred_low, pred_high = predictions[..., :2], predictions[..., 2:]
+    true_low, true_high = truths[..., :2], truths[..., 2:]
+    shared = np.minimum(pred_high, true_high) - np.maximum(pred_low, true_low)
+    intersection = _area(np.maximum(shared, np.float32(0)))
+    union = _area(pred_high - pred_low) + _area(true_high - true_low) - intersection
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        iou = intersection / union
+        if not generalised:
+            return iou
+        hull = _area(np.maximum(pred_high, true_high) - np.minimum(pred_low, true_low))
+        return iou - (hull - union) / hull
+
+
+def _match(overlap: np.ndarray, height: np.ndarray, width: np.ndarray, threshold: float) -> np.ndarray:
+    """Greedy matching within each matrix of a stack (n, predictions, truths), -inf beyond its own height and width."""
+    most = np.minimum(height, width)
+    matched = np.zeros(len(overlap), np.int64)
+    open_ = np.arange(len(overlap))
+    for step in range(int(most.max())):
+        open_ = open_[most[open_] > step]
+        flat = overlap[open_].reshape(len(open_), -1)
+        best = flat.argmax(axis=1)
+        value = flat[np.arange(len(open_)), best]
+        reached = ~(value < np.float32(threshold))  # so nan, two boxes without area, is a match
+        equal = (flat == value[:, None]) | (np.isnan(flat) & np.isnan(value)[:, None])
+        tied = reached & (np.count_nonzero(equal, axis=1) > 1)
+        for index in np.flatnonzero(tied & (value != 0)):
+            sentence = open_[index]
+            pairs = overlap[sentence, : height[sentence], : width[sentence]]
+            row, column = divmod(first_of_topk(pairs.ravel().tolist()), pairs.shape[1])
+            best[index] = row * overlap.shape[2] + column
+        open_, best = open_[reached], best[reached]
+        matched[open_] += 1
+        for strike in (np.s_[open_, best // overlap.shape[2], :], np.s_[open_, :, best % overlap.shape[2]]):
+            overlap[strike] = np.where(np.isneginf(overlap[strike]), -np.inf, 0)  # published: struck pairs become 0
+    return matched
+
+
+def _pad(boxes: np.ndarray, first: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as (sentences, largest number, 4), and where there is one."""
+    place = np.arange(number.max())
+    there = place < number[:, None]
+    return boxes[np.where(there, first[:, None] + place, 0)], there
+
+
+def valid_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Whether boxes (..., 4) are finite with x0 <= x1 and y0 <= y1."""
+    return np.isfinite(boxes).all(axis=-1) & (boxes[..., 2:] >= boxes[..., :2]).all(axis=-1)
+
+
+def _area(sides: np.ndarray) -> np.ndarray:
+    return sides[..., 0] * sides[..., 1]
