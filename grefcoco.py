@@ -56,7 +56,7 @@ from grefcoco_files import (
 )
 from grefer import GRefer
 
-__all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefcoco", "build", "load"]
+__all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefcoco", "build", "load", "shuffle_shards"]
 
 VERSION = "1.0.0"
 ROWS_PER_GROUP = 100
@@ -278,8 +278,8 @@ def load(
     to spare what they do not use.
 
     Streams decode an image once, then yield all its sentences in a row. They split over nodes and workers by shard
-    and resume exactly through `state_dict`/`load_state_dict`, with `shuffle_shards` too; a shuffle buffer
-    (`.shuffle(...)`) loses and repeats rows on resume.
+    and resume exactly through `state_dict`/`load_state_dict`, with `shuffle_shards` too; the buffer of `.shuffle(...)`
+    is not saved, so that rows are lost and repeated on resume.
 
     Args:
         source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
@@ -310,6 +310,15 @@ def load(
     if isinstance(rows, dict):
         return type(rows)({name: _arrange(part, layout, wanted) for name, part in rows.items()})
     return _arrange(rows, layout, wanted)
+
+
+def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
+    """Put the groups of up to 100 images of a stream into a random order, another one after each `set_epoch`.
+
+    Rows keep their order within a group. Unlike with a shuffle buffer, a state saved anywhere resumes exactly; call
+    `set_epoch` before `load_state_dict`. (What `datasets` says about a refilled buffer is of a buffer of one.)
+    """
+    return stream.reshard().shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
 
 
 def _load_image_rows(
@@ -631,7 +640,10 @@ def write_card(folder: Path, config: str, report: dict) -> None:
     )
     files = [{"split": split, "path": f"data/{split}-*"} for split in splits]
     DatasetInfosDict({config: info}).to_dataset_card_data(card.data)
-    MetadataConfigs({config: {"data_files": files}}).to_dataset_card_data(card.data)
+    # `datasets` names its cache by folder name, configuration and version, not by content: other rows, other version.
+    content = int(hashlib.sha256(json.dumps(report["shards"]).encode()).hexdigest()[:8], 16)
+    parameters = {"data_files": files, "version": f"{VERSION.rpartition('.')[0]}.{content}"}
+    MetadataConfigs({config: parameters}).to_dataset_card_data(card.data)
     names = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")
     rows = [" | ".join([split, *(f"{counts[name]:,}" for name in names)]) for split, counts in splits.items()]
     table = "\n".join(f"| {row} |" for row in rows)

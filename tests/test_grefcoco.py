@@ -1,0 +1,348 @@
+"""The built data set and its rows: what is stored, what comes back, in which order, how often."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets.distributed import split_dataset_by_node
+from pycocotools import mask as coco_mask
+
+import grefcoco
+from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "real"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the caches of `datasets` out of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def genuine(tmp_path_factory) -> Path:
+    return write_genuine(tmp_path_factory.mktemp("genuine") / "set")
+
+
+@pytest.fixture(scope="module")
+def built(genuine) -> Path:
+    """Eight training shards of one image or none: small shards show errors of sharding."""
+    out = genuine.parent / "built"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+        grefcoco.build(genuine, genuine / "train2014", out)
+    return out
+
+
+def rows_of(dataset) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "image"} for row in dataset]
+
+
+def expected_rows(genuine: Path, split: str) -> list[dict]:
+    """Expression rows by plain loops over the files and pycocotools' own COCO rules."""
+    instances = json.loads((genuine / "instances.json").read_text())
+    images = {image["id"]: image for image in instances["images"]}
+    anns = {ann["id"]: ann for ann in instances["annotations"]}
+    rows = []
+    for ref in json.loads((genuine / "grefs(unc).json").read_text()):
+        image, ids = images[ref["image_id"]], [key for key in ref["ann_id"] if key != -1]
+        masks = [decoded(anns[key]["segmentation"]) for key in ids]
+        solid = [mask for mask, key in zip(masks, ids) if not anns[key]["iscrowd"]] or masks
+        for sentence in ref["sentences"] if ref["split"] == split else []:
+            row = {"image_id": image["id"], "file_name": image["file_name"], "width": WIDTH, "height": HEIGHT}
+            row |= {"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"], "sentence": sentence["sent"]}
+            row |= {"raw": sentence["raw"], "no_target": not ids, "ann_ids": ids}
+            row |= {"category_ids": [anns[key]["category_id"] for key in ids]}
+            row |= {"boxes": [[float(x) for x in anns[key]["bbox"]] for key in ids], "masks": masks}
+            rows.append(row | {"mask": np.any(solid, axis=0) if solid else np.zeros((HEIGHT, WIDTH), bool)})
+    return rows
+
+
+def decoded(segmentation: list | dict) -> np.ndarray:
+    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, HEIGHT, WIDTH)
+    mask = coco_mask.decode(segmentation).astype(bool)
+    return mask.any(axis=2) if mask.ndim == 3 else mask
+
+
+@pytest.mark.parametrize("split", ["train", "val", "testA", "testB"])
+def test_rows_are_those_of_the_files(genuine, built, split):
+    found = {row["sent_id"]: row for row in rows_of(grefcoco.load(built, split=split))}
+    expected = expected_rows(genuine, split)
+    assert len(found) == len(expected) > 0
+    for row in expected:
+        row, other = dict(row), found[row["sent_id"]]
+        assert np.array_equal(row.pop("mask"), coco_mask.decode(other["mask"]))
+        assert all(
+            np.array_equal(a, coco_mask.decode(b)) for a, b in zip(row.pop("masks"), other["masks"], strict=True)
+        )
+        assert {name: other[name] for name in row} == row
+
+
+def test_every_way_of_loading_gives_the_same_rows(genuine, built):
+    images = genuine / "train2014"
+    first = grefcoco.load(built)
+    for other in (
+        grefcoco.load(built, streaming=True),
+        grefcoco.load(genuine, images=images),
+        grefcoco.load(genuine, images=images, streaming=True),
+    ):
+        assert list(other) == list(first) == ["train", "val", "testA", "testB"]
+        for split in first:
+            for row, same in zip(first[split], other[split], strict=True):
+                assert list(row) == list(same) == list(grefcoco.EXPRESSION_FEATURES)
+                assert row["image"].mode == same["image"].mode == "RGB"
+                assert row.pop("image").tobytes() == same.pop("image").tobytes()
+                assert row == same
+
+
+def test_load_dataset_alone_gives_all_splits_and_features(genuine, built):
+    stored = datasets.load_dataset(str(built))
+    assert list(stored) == ["train", "val", "testA", "testB"]
+    assert stored["train"].features == grefcoco.IMAGE_FEATURES
+    stream = datasets.load_dataset(str(built), split="testA", streaming=True)
+    assert stream.features == grefcoco.IMAGE_FEATURES
+    assert [row["image_id"] for row in stream] == stored["testA"]["image_id"][:]
+
+
+def test_image_layout_is_what_is_stored(built):
+    rows = grefcoco.load(built, split="val", layout="image")
+    assert rows.features == grefcoco.IMAGE_FEATURES
+    assert [len(row["objects"]) for row in rows] == [4] * len(rows)
+    assert grefcoco.load(built, split="val", layout="image", columns=["image_id"]).column_names == ["image_id"]
+
+
+def test_image_bytes_are_untouched(genuine, built):
+    rows = grefcoco.load(built, split="train", layout="image").cast_column("image", datasets.Image(decode=False))
+    for row in rows:
+        assert row["image"]["bytes"] == (genuine / "train2014" / row["file_name"]).read_bytes()
+
+
+def test_a_batch_shares_the_decoded_image(built, monkeypatch):
+    calls = []
+    decode = grefcoco.decode_image
+    monkeypatch.setattr(grefcoco, "decode_image", lambda stored: calls.append(1) or decode(stored))
+    rows = grefcoco.load(built, split="train")
+    image_ids = rows.with_format(None)["image_id"][:]
+    assert not calls
+    batch = rows.__getitems__(list(range(len(rows))))
+    assert len(calls) == len(set(image_ids)) < len(batch)
+    assert [row["image_id"] for row in batch] == image_ids
+    assert all((a["image"] is b["image"]) == (a["image_id"] == b["image_id"]) for a in batch for b in batch)
+
+
+def test_columns_are_read_on_their_own(built, monkeypatch):
+    monkeypatch.setattr(grefcoco, "decode_image", None)
+    for streaming in (False, True):
+        rows = list(grefcoco.load(built, split="val", streaming=streaming, columns=["mask", "objects"]))
+        assert all(list(row) == ["mask", "objects"] and len(row["objects"]) == 4 for row in rows)
+
+
+def test_select_and_shuffle_keep_rows_whole(built):
+    rows = grefcoco.load(built, split="train")
+    order = rows.shuffle(seed=1).select(range(5))
+    by_id = {row["sent_id"]: row for row in rows_of(rows)}
+    assert all(row == by_id[row["sent_id"]] for row in rows_of(order))
+
+
+def test_rows_survive_pickling(built):
+    rows = grefcoco.load(built, split="val")
+    assert rows_of(pickle.loads(pickle.dumps(rows))) == rows_of(rows)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_row_once_over_any_world(built, world, shuffled):
+    stream = grefcoco.load(built, split="train", streaming=True, columns=["sent_id"])
+    if shuffled:
+        stream = grefcoco.shuffle_shards(stream, seed=4)
+    seen = [row["sent_id"] for rank in range(world) for row in split_dataset_by_node(stream, rank, world)]
+    assert sorted(seen) == sorted(grefcoco.load(built, split="train")["sent_id"])
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_stream_resumes_exactly_anywhere(built, shuffled):
+    def stream() -> datasets.IterableDataset:
+        rows = grefcoco.load(built, split="train", streaming=True, columns=["sent_id"])
+        rows = grefcoco.shuffle_shards(rows, seed=4) if shuffled else rows
+        rows.set_epoch(2)
+        return rows
+
+    whole = [row["sent_id"] for row in stream()]
+    for cut in range(0, len(whole), 3):
+        first, second = stream(), stream()
+        iterator = iter(first)
+        start = [next(iterator)["sent_id"] for _ in range(cut)]
+        second.load_state_dict(first.state_dict())
+        assert start + [row["sent_id"] for row in second] == whole
+
+
+def test_shuffled_shards_change_with_the_epoch(built):
+    stream = grefcoco.shuffle_shards(grefcoco.load(built, split="train", streaming=True, columns=["sent_id"]), seed=4)
+    epochs = []
+    for epoch in range(4):
+        stream.set_epoch(epoch)
+        epochs.append([row["sent_id"] for row in stream])
+    assert len({tuple(order) for order in epochs}) > 1
+    assert len({tuple(sorted(order)) for order in epochs}) == 1
+
+
+def test_zip_and_processes_give_the_same_bytes(genuine, built, tmp_path, monkeypatch):
+    monkeypatch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+    for kind, compression in (("stored", zipfile.ZIP_STORED), ("deflated", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / f"{kind}.zip", "w", compression) as archive:
+            for path in sorted((genuine / "train2014").iterdir()):
+                archive.write(path, f"train2014/{path.name}")
+        report = grefcoco.build(genuine, tmp_path / f"{kind}.zip", tmp_path / kind, num_proc=2)
+        assert report == json.loads((built / "build.json").read_text())
+
+
+def test_shards_suit_usual_world_sizes(built):
+    counts = [grefcoco.shard_count(images) for images in (0, 1, 199, 200, 750, 1_501, 16_994, 10**6)]
+    assert counts == [1, 1, 1, 2, 4, 8, 64, 64]
+    assert len(list((built / "data").glob("train-*-of-00004.parquet"))) == 4
+
+
+def test_row_groups_are_small(genuine, tmp_path):
+    many = write_genuine(tmp_path / "many", num_train=130)
+    grefcoco.build(many, many / "train2014", tmp_path / "out")
+    file = grefcoco.pq.ParquetFile(next((tmp_path / "out" / "data").glob("train-*")))
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [100, 30]
+
+
+def test_changed_inputs_never_give_old_rows(tmp_path):
+    source = write_genuine(tmp_path / "set")
+    out, images = tmp_path / "out", source / "train2014"
+    texts = []
+    for word in ("before", "after!"):
+        refs = json.loads((source / "grefs(unc).json").read_text())
+        refs[0]["sentences"][0]["sent"] = word
+        write_json(source / "grefs(unc).json", refs)
+        grefcoco.build(source, images, out)
+        texts.append(
+            [
+                grefcoco.load(place, **kw, split="train")[0]["sentence"]
+                for place, kw in ((out, {}), (source, {"images": images}))
+            ]
+        )
+    assert texts == [["before"] * 2, ["after!"] * 2]
+
+
+def test_bad_images_are_named_or_refused(tmp_path):
+    source = write_genuine(tmp_path / "set")
+    paths = sorted((source / "train2014").iterdir())
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:600])
+    grefcoco.Image.new("RGB", (WIDTH + 1, HEIGHT)).save(paths[2])
+    paths[3].write_text("no image")
+    with pytest.raises(ValueError, match="--skip-bad-images"):
+        grefcoco.build(source, source / "train2014", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    report = grefcoco.build(source, source / "train2014", tmp_path / "out", skip_bad_images=True)
+    named = report["problems"]["bad image, left out with its sentences"]
+    for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "not a readable image"]):
+        assert any(path.name in name and reason in name for name in named)
+    assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
+
+
+def test_strict_refuses_what_is_otherwise_reported(tmp_path):
+    source = write_genuine(tmp_path / "set")
+    instances = json.loads((source / "instances.json").read_text())
+    instances["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    write_json(source / "instances.json", instances)
+    report = grefcoco.build(source, source / "train2014", tmp_path / "out")
+    assert [names for kind, names in report["problems"].items() if "3 points" in kind] == [
+        [f"annotation {instances['annotations'][0]['id']}"]
+    ]
+    with pytest.raises(ValueError, match="3 points"):
+        grefcoco.build(source, source / "train2014", tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_folder_that_is_no_build_is_left_alone(genuine, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no former build"):
+        grefcoco.build(genuine, genuine / "train2014", tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+KILLED_BUILD = """
+import sys, time, grefcoco
+whole = grefcoco.write_shard
+def slow(job):
+    print("shard", flush=True)
+    time.sleep(float(sys.argv[4]))
+    return whole(job)
+grefcoco.write_shard = slow
+grefcoco.build(sys.argv[1], sys.argv[2], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_killed_build_leaves_the_old_or_nothing(genuine, tmp_path, former):
+    images, out = genuine / "train2014", tmp_path / "out"
+    before = grefcoco.build(genuine, images, out) if former else None
+    arguments = [sys.executable, "-c", KILLED_BUILD, str(genuine), str(images), str(out), "30"]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == b"shard\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert out.exists() == former
+    assert not former or json.loads((out / "build.json").read_text()) == before
+    grefcoco.build(genuine, images, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "refcoco"}, "Unknown configuration"),
+        ({"layout": "rows"}, "Unknown layout"),
+        ({"columns": ["picture"]}, "Unknown columns"),
+        ({"layout": "image", "columns": ["mask"]}, "Unknown columns"),
+        ({"split": "test"}, "test"),
+    ],
+)
+def test_wrong_arguments_are_named(built, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grefcoco.load(built, **arguments)
+
+
+def test_genuine_files_need_their_images(genuine):
+    with pytest.raises(ValueError, match="images="):
+        grefcoco.load(genuine)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not here")
+def test_real_samples():
+    boxes = grefcoco.load(REAL / "grefcoco_grec_real", images=REAL / "grefcoco_grec_real" / "train2014")
+    rows = [row for split in boxes.values() for row in rows_of(split)]
+    anns = json.loads((REAL / "grefcoco_grec_real" / "instances.json").read_text())["annotations"]
+    truth = {ann["id"]: ann["bbox"] for ann in anns}
+    assert sorted(min(2, len(row["ann_ids"])) for row in rows) == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(np.allclose(row["boxes"], [truth[key] for key in row["ann_ids"]], atol=1e-4) for row in rows)
+
+    source = REAL / "coco_realmask_authored"
+    instances = json.loads((source / "instances.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+    polygons = {ann["id"]: (ann["segmentation"], *sizes[ann["image_id"]]) for ann in instances["annotations"]}
+    rows = rows_of(grefcoco.load(source, images=source / "images", split="val"))
+    assert len(rows) == 34
+    for row in rows:
+        for key, rle in zip(row["ann_ids"], row["masks"], strict=True):
+            assert rle["counts"].encode() == coco_mask.merge(coco_mask.frPyObjects(*polygons[key]))["counts"]
