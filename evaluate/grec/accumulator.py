@@ -75,9 +75,7 @@ class GrecAccumulator:
         """
         references = [complete(reference) for reference in references]
         boxes, number = join_boxes([prediction["boxes"] for prediction in predictions])
-        scores, score_number = _join(
-            [np.asarray(prediction["scores"], np.float32) for prediction in predictions], NO_SCORES
-        )
+        scores, score_number = join_scores([prediction["scores"] for prediction in predictions])
         truths, num_targets = join_boxes([reference["boxes"] for reference in references])
         _refuse_bad_input(number, score_number, truths, num_targets)
         sentence = np.repeat(np.arange(len(number)), number)

@@ -70,7 +70,7 @@ def _match(overlap: np.ndarray, height: np.ndarray, width: np.ndarray, threshold
     open_ = np.arange(len(overlap))
     for step in range(int(most.max())):
         open_ = open_[most[open_] > step]
-        flat = overlap[open_].reshape(len(open_), -1)
+        flat = overlap[open_].reshape(len(open_), overlap.shape[1] * overlap.shape[2])
         best = flat.argmax(axis=1)
         value = flat[np.arange(len(open_)), best]
         reached = ~(value < np.float32(threshold))  # so nan, two boxes without area, is a match
