@@ -23,6 +23,7 @@ from .modeling_rela import RelaModel
 from .processing_rela import RelaProcessor
 from .weight_files_rela import read_weights
 
+LANGUAGE_GATE = "region_decoder.layers.0.language.gate"
 DROPPED = re.compile(
     r".*\.relative_position_index|pixel_(mean|std)|text_encoder\.embeddings\.position_ids|text_encoder\.pooler\..*"
     r"|criterion\..*|.*\.num_batches_tracked"
@@ -87,9 +88,9 @@ RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (_PREDICTOR + r"query_embed", "region_decoder.query_position"),
     (_PREDICTOR + r"level_embed", "region_decoder.level_embed"),
     (_PREDICTOR + r"input_proj\.(\d)", r"region_decoder.projections.\1"),
-    (_PREDICTOR + r"lang_proj", "region_decoder.text_projection"),
-    (_PREDICTOR + r"RLA_lang_att\.multihead_attn(\.out_proj)?", r"region_decoder.language_attention\1"),
-    (_PREDICTOR + r"RLA_lang_att\.norm", "region_decoder.language_norm"),
+    (_PREDICTOR + r"lang_proj", "region_decoder.layers.0.language.project"),
+    (_PREDICTOR + r"RLA_lang_att\.multihead_attn(\.out_proj)?", r"region_decoder.layers.0.language.attention\1"),
+    (_PREDICTOR + r"RLA_lang_att\.norm", "region_decoder.layers.0.language.norm"),
     (
         _PREDICTOR + r"(\w+)\.(\d+)\.(\w+)(\.out_proj)?",
         lambda m: f"region_decoder.layers.{m[2]}.{_REGION[f'{m[1]}.{{}}.{m[3]}']}{m[4] or ''}",
@@ -128,14 +129,14 @@ def convert_state_dict(
         else:
             converted[ours] = value
     if language_gate == "published":
-        converted["region_decoder.language_gate"] = torch.zeros(())
+        converted[LANGUAGE_GATE] = torch.zeros(())
     return converted
 
 
 def _rename(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if name == "sem_seg_head.predictor.lang_weight":
-        return "region_decoder.language_gate"
+        return LANGUAGE_GATE
     if name == "sem_seg_head.pixel_decoder.transformer.level_embed":
         return "pixel_decoder.level_embed.weight"
     for pattern, replacement in RULES:

@@ -44,12 +44,15 @@ class LanguageFusion(nn.Module):
         vision = per_sentence(nn.functional.gelu(self.vision(pixels)), image_index)
         query = per_sentence(normalize_pixels(self.query(pixels)), image_index)
         words = attention_mask[..., None].to(text.dtype)
-        key, value = self.key(text) * words, self.value(text) * words
-        logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (sentences, pixels, tokens)
-        weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
         # The output projection is linear, so it is applied to the few words and not to the many pixels.
-        gathered = normalize_pixels(weights @ self.out(value))
-        return nn.functional.gelu(self.project(vision * gathered)).unflatten(1, (height, width))
+        key, value = self.key(text) * words, self.out(self.value(text) * words)
+        # Where pixels agree on their words, the normalisation magnifies what little they differ in: fp32, cheap here.
+        with torch.autocast(pixels.device.type, enabled=False):
+            key, value, words = full_precision(key), full_precision(value), full_precision(words)
+            logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (sentences, pixels, tokens)
+            weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
+            gathered = normalize_pixels(weights @ value)
+        return nn.functional.gelu(self.project(vision * gathered.to(vision.dtype))).unflatten(1, (height, width))
 
 
 class LanguageGate(nn.Module):
@@ -86,6 +89,12 @@ def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Ten
 
 
 def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
-    """Instance normalisation without affine of (batch, pixels, channels) over the pixels."""
+    """Instance normalisation without affine of (batch, pixels, channels) over the pixels, in fp32 at least."""
+    x = full_precision(x)
     variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
     return (x - mean) * (variance + epsilon).rsqrt()
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """Half precision to fp32; fp32 and fp64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_rela import RelaConfig
-from .pixel_decoder_rela import full_precision
+from .fusion_rela import full_precision
 from .region_decoder_rela import Prediction
 
 

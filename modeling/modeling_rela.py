@@ -20,8 +20,8 @@ from .configuration_rela import RelaConfig
 from .convolution_rela import FrozenBatchNorm
 from .fusion_rela import LanguageGate, per_sentence
 from .loss_rela import category_loss, referring_loss
-from .pixel_decoder_rela import DeformableAttention, PixelDecoder, full_precision
-from .region_decoder_rela import Heads, RegionDecoder
+from .pixel_decoder_rela import DeformableAttention, PixelDecoder
+from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
 
@@ -64,6 +64,9 @@ class RelaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    # Loaded in half precision, these stay in fp32: rounding errors in words, sampling points and mask products grow on
+    # their way to the mask, and together they are a fraction of the work.
+    _keep_in_fp32_modules_strict = ("text_encoder", "pixel_decoder", "heads")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -85,8 +88,8 @@ class RelaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, WindowAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=0.02)
             init.copy_(module.relative_position_index, relative_position_index(module.window))
-        elif isinstance(module, RegionDecoder):
-            init.zeros_(module.language_gate)
+        elif isinstance(module, RegionLanguage):
+            init.zeros_(module.gate)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -147,12 +150,14 @@ class RelaModel(RelaPreTrainedModel):
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        features, stages = self.vision_encoder(pixel_values, text, attention_mask, image_index)
+        dtype = _dtype(self.vision_encoder)
+        features, stages = self.vision_encoder(pixel_values.to(dtype), text.to(dtype), attention_mask, image_index)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            mask_features, levels = self.pixel_decoder([full_precision(x) for x in features])
+            mask_features, levels = self.pixel_decoder([x.to(_dtype(self.pixel_decoder)) for x in features])
         if not self.config.language_fusion:
             mask_features, *levels = (per_sentence(x, image_index) for x in (mask_features, *levels))
-        every_layer = self.config.auxiliary_loss and labels is not None
+        dtype, every_layer = _dtype(self.region_decoder), self.config.auxiliary_loss and labels is not None
+        levels, text = [x.to(dtype) for x in levels], text.to(dtype)
         predictions = self.region_decoder(levels, mask_features, text, attention_mask, every_layer)
         category_logits = self._categories(stages)
         loss, terms = None, None
@@ -199,6 +204,10 @@ class RelaModel(RelaPreTrainedModel):
                 f"{'closed' if self.vision_encoder.gates_closed else 'open'}): set num_categories, or leave them out"
             )
         return category_loss(logits, categories)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 RelaModel.register_for_auto_class("AutoModel")

@@ -176,11 +176,6 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
     return torch.cat([y, x], dim=-1).flatten(0, 1)
 
 
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """Half precision to fp32; fp32 and fp64 stay as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _top_down(levels: list[torch.Tensor]) -> list[torch.Tensor]:
     """Adds each level, coarse first, to the next finer one."""
     merged = [levels[0]]

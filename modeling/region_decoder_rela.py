@@ -12,7 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_rela import Attention
 from .configuration_rela import RelaConfig
-from .pixel_decoder_rela import full_precision, sine_positions
+from .fusion_rela import full_precision
+from .pixel_decoder_rela import sine_positions
 
 
 class Prediction(NamedTuple):
@@ -35,11 +36,7 @@ class RegionDecoder(nn.Module):
         self.projections = nn.ModuleList(
             nn.Identity() if same else nn.Linear(config.pixel_decoder_size, size) for _ in range(3)
         )
-        self.text_projection = nn.Linear(config.text_config.hidden_size, size, bias=False)
-        self.language_attention = Attention(config, size, config.num_attention_heads)
-        self.language_norm = nn.LayerNorm(size)
-        self.language_gate = nn.Parameter(torch.zeros(()))
-        self.layers = nn.ModuleList(RegionLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(RegionLayer(config, reads=i == 0) for i in range(config.decoder_layers))
         self.heads = Heads(config)
 
     def forward(
@@ -70,10 +67,7 @@ class RegionDecoder(nn.Module):
         predictions = []
         for i, layer in enumerate(self.layers):
             seen = self.heads.visible(query, small[i % 3])
-            query = layer.look(query, self.query_position.weight, *memory[i % 3], seen)
-            if i == 0:
-                query = query + self._language(query, text, attention_mask)
-            query = layer(query, self.query_position.weight)
+            query = layer(query, self.query_position.weight, *memory[i % 3], seen, text, attention_mask)
             if every_layer and i + 1 < len(self.layers):
                 predictions.append(self.heads(query, mask_features))
         return [*predictions, self.heads(query, mask_features)]
@@ -83,37 +77,57 @@ class RegionDecoder(nn.Module):
         value = self.projections[i](level.flatten(2).transpose(1, 2)) + self.level_embed.weight[i]
         return value + sine_positions(*level.shape[-2:], value.shape[-1], value.device).to(value.dtype), value
 
-    def _language(self, query: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What the regions take from the sentence: (batch, regions, hidden)."""
-        words = self.text_projection(text)
-        mask = attention_mask[:, None, None].bool() if self.config.region_language_mask else None
-        gathered = self.language_norm(query + self.language_attention(query, words, words, mask))
-        return gathered * self.language_gate.sigmoid() * self.config.region_language_weight
-
 
 class RegionLayer(GradientCheckpointingLayer):
-    """Attention from regions to visible pixels (`look`), then among regions, then a feed-forward layer; post-norm."""
+    """Regions look at the pixels their masks cover, in the first layer at the words, then at each other; post-norm."""
 
-    def __init__(self, config: RelaConfig) -> None:
+    def __init__(self, config: RelaConfig, reads: bool) -> None:
         super().__init__()
         size = config.hidden_size
         self.cross_attention = Attention(config, size, config.num_attention_heads)
         self.cross_norm = nn.LayerNorm(size)
+        self.language = RegionLanguage(config) if reads else None
         self.self_attention = Attention(config, size, config.num_attention_heads)
         self.self_norm = nn.LayerNorm(size)
         self.fc1 = nn.Linear(size, config.decoder_ffn_size)
         self.fc2 = nn.Linear(config.decoder_ffn_size, size)
         self.ffn_norm = nn.LayerNorm(size)
 
-    def look(
-        self, query: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
+    def forward(
+        self,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor,
+        text: torch.Tensor,
+        attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        return self.cross_norm(query + self.cross_attention(query + position, key, value, seen))
-
-    def forward(self, query: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Queries (batch, regions, hidden) -> the same; `seen` (batch, 1, regions, pixels): where they may look."""
+        query = self.cross_norm(query + self.cross_attention(query + position, key, value, seen))
+        if self.language is not None:
+            query = query + self.language(query, text, attention_mask)
         placed = query + position
         query = self.self_norm(query + self.self_attention(placed, placed, query))
         return self.ffn_norm(query + self.fc2(self.fc1(query).relu()))
+
+
+class RegionLanguage(nn.Module):
+    """What the regions take from the words: a gated, down-weighted attention."""
+
+    def __init__(self, config: RelaConfig) -> None:
+        super().__init__()
+        self.project = nn.Linear(config.text_config.hidden_size, config.hidden_size, bias=False)
+        self.attention = Attention(config, config.hidden_size, config.num_attention_heads)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.weight, self.masked = config.region_language_weight, config.region_language_mask
+
+    def forward(self, query: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, regions, hidden), (batch, tokens, text channels), (batch, tokens) -> (batch, regions, hidden)."""
+        words = self.project(text)
+        mask = attention_mask[:, None, None].bool() if self.masked else None
+        return self.norm(query + self.attention(query, words, words, mask)) * self.gate.sigmoid() * self.weight
 
 
 class Heads(nn.Module):
@@ -131,23 +145,30 @@ class Heads(nn.Module):
 
     def forward(self, query: torch.Tensor, mask_features: torch.Tensor) -> Prediction:
         """(batch, regions, hidden), (batch, mask channels, height, width) -> `Prediction`."""
-        regions = self.norm(query)
-        minimap = self.minimap(regions)
         with torch.autocast(query.device.type, enabled=False):
-            # (batch, 2, mask channels)
-            target = full_precision(minimap).transpose(1, 2) @ full_precision(self.mask_embed(regions))
-            masks = (target @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
-        return Prediction(masks, minimap, self.no_target(regions).mean(dim=1))
+            regions = self._regions(query)
+            minimap = self.minimap(regions)
+            target = minimap.transpose(1, 2) @ self.mask_embed(regions)  # (batch, 2, mask channels)
+            masks = _mask_products(target, mask_features).unflatten(2, mask_features.shape[-2:])
+            return Prediction(masks, minimap, self.no_target(regions).mean(dim=1))
 
     @torch.no_grad()
     def visible(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
         """Pixels each region's own mask covers; all of them where it covers none: (batch, 1, regions, pixels) bool."""
         with torch.autocast(query.device.type, enabled=False):
-            masks = full_precision(self.mask_embed(self.norm(query))) @ mask_features.flatten(2)
+            masks = _mask_products(self.mask_embed(self._regions(query)), mask_features)
         covered = masks.sigmoid() >= 0.5
         return (covered | ~covered.any(-1, keepdim=True))[:, None]
+
+    def _regions(self, query: torch.Tensor) -> torch.Tensor:
+        return self.norm(query.to(self.norm.weight.dtype))
 
     def reset(self) -> None:
         """Start from small mask logits: the target's are a sum over all regions, and would be in the hundreds."""
         init.xavier_uniform_(self.mask_embed[-1].weight, gain=0.1)
         init.xavier_uniform_(self.minimap.weight, gain=1 / self.num_regions)
+
+
+def _mask_products(embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+    """(batch, n, mask channels), (batch, mask channels, height, width) -> (batch, n, height * width), never half."""
+    return full_precision(embeddings) @ full_precision(mask_features).flatten(2)

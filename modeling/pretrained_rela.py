@@ -1,0 +1,130 @@
+"""Starts training from published single-modality weights: an ImageNet backbone and a language model.
+
+`load_backbone` knows Swin weights in the official, timm and transformers key styles (both of the latter two's), and
+ResNet weights in detectron2's and torchvision's; position tables of another window size are interpolated.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import nn
+from transformers import BertModel
+
+from .modeling_rela import RelaModel
+from .weight_files_rela import read_weights
+
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
+_HF_PARTS = {
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "attention.self.relative_position_bias_table": "attn.relative_position_bias_table",
+    "attention.relative_position_bias.relative_position_bias_table": "attn.relative_position_bias_table",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def load_backbone(model: RelaModel, source: str | Path) -> None:
+    """Copy backbone weights into the vision trunk.
+
+    Args:
+        model: with a "swin" or "resnet" trunk of the same sizes; the window may differ.
+        source: a weight file, a folder with model.safetensors, or a Hub id.
+
+    Raises:
+        ValueError: when the source cannot be read or does not fill the trunk.
+    """
+    found = read_weights(_locate(source))
+    renamed = _swin_names(found) if model.config.backbone == "swin" else _resnet_names(found)
+    trunk = model.vision_encoder.trunk
+    wanted = trunk.state_dict()
+    for name, value in renamed.items():
+        if name.endswith("relative_position_bias_table") and name in wanted and value.shape != wanted[name].shape:
+            renamed[name] = resize_position_table(value, model.config.window_size)
+    wrong = [name for name, value in wanted.items() if name not in renamed or renamed[name].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"{source} does not fill the {model.config.backbone} trunk: {len(wrong)} of {len(wanted)} weights are "
+            f"missing or of another shape, {wrong[0]} first. Name a backbone of depths {model.config.depths} and "
+            f"channels {model.config.stage_channels}"
+        )
+    trunk.load_state_dict({name: renamed[name] for name in wanted})
+
+
+def load_text_encoder(model: RelaModel, source: str | Path) -> None:
+    """Copy a BERT, by Hub id or folder, into the text encoder.
+
+    Raises:
+        ValueError: when its sizes differ from `model.config.text_config`.
+    """
+    bert = BertModel.from_pretrained(source, add_pooling_layer=False)
+    ours, theirs = model.text_encoder.state_dict(), bert.state_dict()
+    wrong = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{source} is not the BERT of text_config: {wrong[0]} is missing or of another shape")
+    model.text_encoder.load_state_dict({name: theirs[name] for name in ours})
+
+
+def resize_position_table(table: torch.Tensor, window: int) -> torch.Tensor:
+    """((2 * old - 1) ** 2, heads) -> ((2 * window - 1) ** 2, heads), bicubic over the relative positions."""
+    old, new = round(table.shape[0] ** 0.5), 2 * window - 1
+    grid = table.float().T.reshape(1, -1, old, old)
+    grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T.to(table.dtype)
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path / "model.safetensors"
+    return path if path.exists() or path.suffix else Path(hf_hub_download(str(source), "model.safetensors"))
+
+
+def _swin_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Official names, with each merging at the start of the stage after it; three-part projections are joined."""
+    bare = {re.sub(r"^(backbone\.|swin\.)?(encoder\.)?", "", name): value for name, value in found.items()}
+    late = "layers.0.downsample.norm.weight" in bare
+    renamed, parts = {}, {}
+    for name, value in bare.items():
+        name = name.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("embeddings.norm", "patch_embed.norm")
+        for theirs, ours in _HF_PARTS.items():
+            name = re.sub(rf"(blocks\.\d+)\.{re.escape(theirs)}(?=\.|$)", rf"\1.{ours}", name)
+        if late:
+            name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
+        split = re.fullmatch(r"(.+)\.attention\.(?:self\.)?(\w+)\.(weight|bias)", name)
+        if split and split[2] in _ATTENTION:
+            parts.setdefault(f"{split[1]}.attn.qkv.{split[3]}", {})[_ATTENTION[split[2]]] = value
+        else:
+            renamed[name] = value
+    joined = {name: torch.cat([three[letter] for letter in "qkv"]) for name, three in parts.items()}
+    return {**renamed, **joined}
+
+
+def _resnet_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rules: list[tuple[str, str | Callable[[re.Match], str]]] = [
+        (r"(?:backbone\.)?stem\.conv1\.weight", "conv1.conv.weight"),
+        (r"(?:backbone\.)?stem\.conv1\.norm\.(\w+)", r"conv1.norm.\1"),
+        (
+            r"(?:backbone\.)?res(\d)\.(\d+)\.(\w+)\.weight",
+            lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv.weight",
+        ),
+        (r"(?:backbone\.)?res(\d)\.(\d+)\.(\w+\.norm\.\w+)", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}"),
+        (r"conv1\.weight", "conv1.conv.weight"),
+        (r"bn1\.(\w+)", r"conv1.norm.\1"),
+        (r"layer(\d)\.(\d+)\.(conv\d)\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.{m[3]}.conv.weight"),
+        (r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
+        (r"layer(\d)\.(\d+)\.downsample\.0\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.conv.weight"),
+        (r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.norm.{m[3]}"),
+    ]
+    renamed = {}
+    for name, value in found.items():
+        for pattern, replacement in rules:
+            if match := re.fullmatch(pattern, name):
+                renamed[match.expand(replacement) if isinstance(replacement, str) else replacement(match)] = value
+    return renamed
