@@ -419,14 +419,14 @@ def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
 
 def _image_fault(data: bytes, width: int, height: int) -> str | None:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if image.size != (width, height):
                 return f"is {image.size[0]} x {image.size[1]} where instances.json says {width} x {height}"
             # A whole JPEG ends with its end marker; only what does not is worth the decoding.
             if image.format != "JPEG" or not data.endswith(b"\xff\xd9"):
                 image.load()
     except (UnidentifiedImageError, Image.DecompressionBombError):
-        return "is not a readable image"
+        return "is no JPEG or PNG that can be read"
     except (OSError, SyntaxError, ValueError) as error:
         return f"is truncated or damaged ({error})"
     return None

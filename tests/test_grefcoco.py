@@ -253,7 +253,7 @@ def test_bad_images_are_named_or_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
     report = grefcoco.build(source, source / "train2014", tmp_path / "out", skip_bad_images=True)
     named = report["problems"]["bad image, left out with its sentences"]
-    for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "not a readable image"]):
+    for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "no JPEG or PNG"]):
         assert any(path.name in name and reason in name for name in named)
     assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
 

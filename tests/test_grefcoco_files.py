@@ -1,0 +1,438 @@
+"""The reader against what files can hold: every kind of damage ends in a named problem or one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import grefcoco_files as files
+from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([1e9, 1e300, -1e18, 2**70]))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=8), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=10,
+)
+
+
+@pytest.fixture
+def genuine(tmp_path) -> Path:
+    return write_genuine(tmp_path / "set")
+
+
+def change(path: Path, edit: object) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    write_json(path, content)
+
+
+# ---- annotations -------------------------------------------------------------------------------------------------
+
+
+def test_refs_and_objects_meet_by_image(genuine):
+    notes = files.read_annotations(genuine)
+    assert not notes.problems
+    assert list(notes.splits) == ["train", "val", "testA", "testB"]
+    for groups in notes.splits.values():
+        for image_id, refs in groups.items():
+            assert {ref["image_id"] for ref in refs} | {ann["image_id"] for ann in notes.objects[image_id]} == {
+                image_id
+            }
+
+
+def test_annotations_are_parsed_once_until_a_file_changes(genuine):
+    notes = files.read_annotations(genuine)
+    assert files.read_annotations(genuine) is notes
+    change(genuine / "instances.json", lambda content: content["categories"].append({"id": 9, "name": "kite"}))
+    assert files.read_annotations(genuine).categories[-1]["name"] == "kite"
+
+
+TROUBLE = {
+    "duplicate image id": ("instances.json", lambda x: x["images"].append(x["images"][0])),
+    "annotation of an unknown image": ("instances.json", lambda x: x["annotations"][0].update(image_id=1)),
+    "duplicate annotation id": ("instances.json", lambda x: x["annotations"].append(x["annotations"][0])),
+    "ref with a missing annotation": ("grefs(unc).json", lambda x: x[1].update(ann_id=[5])),
+    "ref with an annotation of another image": ("grefs(unc).json", lambda x: x[1].update(ann_id=x[-1]["ann_id"])),
+    "ref of an unknown image": ("grefs(unc).json", lambda x: x[1].update(image_id=1)),
+    "ref without sentences": ("grefs(unc).json", lambda x: x[1].update(sentences=[])),
+    "no_target flag": ("grefs(unc).json", lambda x: x[0].update(no_target=False)),
+    "duplicate ref id": ("grefs(unc).json", lambda x: x.append(x[0])),
+    "duplicate sentence id": ("grefs(unc).json", lambda x: x.append(x[0])),
+    "empty sentence": ("grefs(unc).json", lambda x: x[0]["sentences"][0].update(sent=" ")),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_trouble_is_counted_and_named(genuine, kind):
+    change(genuine / TROUBLE[kind][0], TROUBLE[kind][1])
+    problems = files.read_annotations(genuine).problems
+    assert [len(names) for found, names in problems.items() if found.startswith(kind)] == [1]
+
+
+WRONG = {
+    "not valid JSON": ("grefs(unc).json", '[{"ref_id": 1'),
+    "NaN is no JSON number": ("grefs(unc).json", "[NaN]"),
+    "a list of refs": ("grefs(unc).json", "{}"),
+    "refs[0] is int": ("grefs(unc).json", "[1]"),
+    "no list 'images'": ("instances.json", "[]"),
+    "recursion": ("grefs(unc).json", "[" * 100_000 + "]" * 100_000),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_no_annotation_file_is_one_error(genuine, message):
+    name, text = WRONG[message]
+    (genuine / name).write_text(text)
+    with pytest.raises(ValueError, match=r"(?i)" + message.replace("[", r"\[")) as error:
+        files.read_annotations(genuine)
+    assert name in str(error.value) and str(genuine) in str(error.value)
+
+
+FIELDS = {
+    "images[0].width": ("instances.json", lambda x: x["images"][0].update(width="64")),
+    "images[1] is": ("instances.json", lambda x: x["images"][1].update(height=10**6)),
+    "annotations[2].bbox": ("instances.json", lambda x: x["annotations"][2].pop("bbox")),
+    "annotations[0] needs": ("instances.json", lambda x: x["annotations"][0].update(bbox=[1, 2, 3, 1e300])),
+    "refs[0].split": ("grefs(unc).json", lambda x: x[0].update(split="../train")),
+    "refs[2].ann_id": ("grefs(unc).json", lambda x: x[2].update(ann_id=["1"])),
+    "refs[1].sentences[0].sent": ("grefs(unc).json", lambda x: x[1]["sentences"][0].update(sent="\ud800")),
+    "refs[0].ref_id": ("grefs(unc).json", lambda x: x[0].update(ref_id=2**64)),
+}
+
+
+@pytest.mark.parametrize("place", FIELDS)
+def test_wrong_fields_are_named_by_place(genuine, place):
+    change(genuine / FIELDS[place][0], FIELDS[place][1])
+    with pytest.raises(ValueError) as error:
+        files.read_annotations(genuine)
+    assert place in str(error.value)
+
+
+def test_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--download"):
+        files.read_annotations(tmp_path)
+
+
+# ---- the RefCOCO family and pickles ------------------------------------------------------------------------------
+
+
+def as_family(genuine: Path, protocol: int) -> None:
+    """Turn the set into refcoco/refs(unc).p: scalar ids, no no_target flag, single targets only."""
+    refs = [ref for ref in json.loads((genuine / "grefs(unc).json").read_text()) if len(ref["ann_id"]) == 1]
+    refs = [
+        ref | {"ann_id": ref["ann_id"][0], "category_id": ref["category_id"][0]}
+        for ref in refs
+        if ref["ann_id"] != [-1]
+    ]
+    for ref in refs:
+        del ref["no_target"]
+    (genuine / "refcoco").mkdir()
+    (genuine / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
+    (genuine / "instances.json").rename(genuine / "refcoco" / "instances.json")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_family_reads_from_pickles(genuine, protocol):
+    as_family(genuine, protocol)
+    notes = files.read_annotations(genuine, "refcoco_unc")
+    assert not notes.problems
+    assert all(
+        len(files.targets(ref)) == 1 for groups in notes.splits.values() for refs in groups.values() for ref in refs
+    )
+
+
+class Canary:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("content", ["canary", "cut", "text"])
+def test_crafted_pickles_are_refused(genuine, tmp_path, content):
+    as_family(genuine, 2)
+    path = genuine / "refcoco" / "refs(unc).p"
+    made = {"canary": pickle.dumps([Canary(tmp_path / "sung")]), "cut": path.read_bytes()[:-40], "text": b"refs"}
+    path.write_bytes(made[content])
+    with pytest.raises(ValueError, match="not a pickle of plain values"):
+        files.read_annotations(genuine, "refcoco_unc")
+    assert not (tmp_path / "sung").exists()
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def record(name: str = "a.jpg", width: int = WIDTH, height: int = HEIGHT) -> dict:
+    return {"id": 1, "file_name": name, "width": width, "height": height}
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "..", "a\\b.jpg", "a\0.jpg", "", ".hidden"]
+)
+def test_unsafe_file_names_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="unsafe"):
+        files.read_image(files.ImageFolder(tmp_path), record(name))
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "train2014/../../a.jpg", "..\\a.jpg"])
+def test_zip_entries_that_leave_the_archive_are_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(ValueError, match="outside the archive"):
+        files.ImageZip(tmp_path / "a.zip")
+
+
+def test_damaged_zips_are_refused(tmp_path, genuine):
+    source = next((genuine / "train2014").iterdir())
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(source, "a.jpg")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[200] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        files.read_image(files.ImageZip(tmp_path / "a.zip"), record())
+    (tmp_path / "a.zip").write_bytes(data[:-30])
+    with pytest.raises(ValueError, match="not a whole zip"):
+        files.ImageZip(tmp_path / "a.zip")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises pixels it does not have: cheap to write, ruinous to decode."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + head
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (5_000, 5_000)])
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
+    (tmp_path / "a.jpg").write_bytes(png_header(width, height))
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ValueError, match=r"a\.jpg"):
+        files.read_image(files.ImageFolder(tmp_path), record())
+
+
+def test_deflate_bomb_in_a_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(files.MAX_IMAGE_BYTES + 1))
+    with pytest.raises(ValueError, match="too many"):
+        files.read_image(files.ImageZip(tmp_path / "a.zip"), record())
+
+
+def test_truncation_is_seen_at_any_length(genuine, tmp_path):
+    whole = next((genuine / "train2014").iterdir()).read_bytes()
+    for length in range(0, len(whole) - 2, 97):
+        (tmp_path / "a.jpg").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.jpg"):
+            files.read_image(files.ImageFolder(tmp_path), record())
+
+
+def test_whole_image_with_junk_behind_it_is_kept(genuine, tmp_path):
+    data = next((genuine / "train2014").iterdir()).read_bytes() + b"\0\0"
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert files.read_image(files.ImageFolder(tmp_path), record()) == data
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.floats(-20, 80), st.floats(-20, 60)), min_size=3, max_size=8), min_size=1, max_size=3
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_valid_polygons_are_pycocotools_own(rings):
+    polygons = [[float(x) for point in ring for x in point] for ring in rings]
+    rle, fault = files.to_rle(polygons, HEIGHT, WIDTH)
+    assert fault is None
+    assert rle["counts"].encode() == coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH))["counts"]
+
+
+@given(st.lists(st.one_of(VALUES, st.lists(NUMBERS, max_size=12)), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_any_polygons_give_a_mask_of_the_image(segmentation):
+    rle, fault = files.to_rle(segmentation, HEIGHT, WIDTH)
+    mask = coco_mask.decode(rle)
+    assert mask.shape == (HEIGHT, WIDTH)
+    assert fault or len(segmentation) > 0
+
+
+@given(st.dictionaries(st.sampled_from(["size", "counts"]), VALUES))
+@settings(max_examples=200, deadline=None)
+def test_any_rle_gives_a_mask_of_the_image(segmentation):
+    rle, fault = files.to_rle(segmentation, HEIGHT, WIDTH)
+    assert coco_mask.decode(rle).shape == (HEIGHT, WIDTH)
+    assert fault
+
+
+@given(st.binary(min_size=HEIGHT * WIDTH // 8, max_size=HEIGHT * WIDTH // 8))
+@settings(max_examples=50, deadline=None)
+def test_rle_comes_back_as_it_went(packed):
+    mask = np.unpackbits(np.frombuffer(packed, np.uint8)).reshape(HEIGHT, WIDTH)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    for counts in (rle["counts"].decode(), files._decoded_counts(rle["counts"].decode())):
+        found, fault = files.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
+        assert fault is None and found["counts"].encode() == rle["counts"]
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=30, max_codepoint=130), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_any_compressed_counts_are_checked(counts):
+    rle, _ = files.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
+    assert coco_mask.decode(rle).shape == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([], "no polygon"),
+        ([[1, 2, 3, 4]], "3 points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "odd"),
+        ([[1, 2, 3, 4, 5, float("inf")]], "finite"),
+        ([[1, 2, 3, 4, 5, "6"]], "numbers"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "far outside"),
+        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 1]}, "cover"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]}, "run lengths"),
+        ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "size"),
+        ({"size": [2 * 10**9, 2 * 10**9], "counts": [1]}, "size"),
+    ],
+)
+def test_bad_segmentations_are_named(segmentation, reason):
+    assert reason in files.to_rle(segmentation, HEIGHT, WIDTH)[1]
+
+
+def test_crowds_count_only_alone():
+    def rle(*counts: int) -> dict:
+        return files.to_rle({"size": [4, 1], "counts": list(counts)}, 4, 1)[0]
+
+    one, other, crowd = rle(0, 1, 3), rle(1, 1, 2), rle(2, 2)
+    assert files.merge_rles([one, other, crowd], [False, False, True], 4, 1) == rle(0, 2, 2)
+    assert files.merge_rles([crowd], [True], 4, 1) == crowd
+    assert files.merge_rles([], [], 4, 1) == rle(4)
+
+
+# ---- fuzz --------------------------------------------------------------------------------------------------------
+
+FUZZ = """
+import copy, json, random, sys
+from pathlib import Path
+import grefcoco, grefcoco_files as files
+
+folder, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+originals = {name: (folder / name).read_bytes() for name in ("grefs(unc).json", "instances.json")}
+made = random.Random(seed)
+JUNK = [None, True, -1, 0, 2**63, 1e308, "", "\\ud800", [], {}, [[]], [1e999], -1e9, "../x", [None], 10**400]
+
+def places(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+def mutate(text):
+    if made.random() < 0.3:
+        data = bytearray(text)
+        for _ in range(made.randint(1, 6)):
+            position = made.randrange(len(data))
+            noise = bytes(made.randrange(256) for _ in range(made.randint(0, 3)))
+            data[position : position + made.randint(0, 3)] = noise
+        return bytes(data)
+    content = json.loads(text)
+    for _ in range(made.randint(1, 3)):
+        path = made.choice(list(places(content))[1:])
+        holder = content
+        for key in path[:-1]:
+            holder = holder[key]
+        if made.random() < 0.3:
+            del holder[path[-1]]
+        else:
+            holder[path[-1]] = copy.deepcopy(made.choice(JUNK))
+        if not content:
+            break
+    return json.dumps(content).encode()
+
+loaded = refused = 0
+for number in range(count):
+    for name, text in originals.items():
+        (folder / name).write_bytes(mutate(text) if made.random() < 0.6 else text)
+    try:
+        notes = files._read_annotations.__wrapped__(str(folder), "grefcoco", ())
+    except ValueError as error:
+        assert "json" in str(error), error
+        refused += 1
+        continue
+    source = files.ImageFolder(folder / "train2014")
+    for split, groups in notes.splits.items():
+        problems = files.Problems()
+        tables = list(grefcoco.image_tables(notes, split, list(groups), source, problems, skip_bad_images=True))
+        bad = len(problems.get("bad image, left out with its sentences", []))
+        assert sum(table.num_rows for table in tables) + bad == len(groups)
+    loaded += 1
+print(loaded, refused)
+"""
+
+
+def fuzz(genuine: Path, seed: int, count: int) -> tuple[int, int]:
+    """Run in a process of its own, for a crash in C code to be seen as one."""
+    small = json.loads((genuine / "grefs(unc).json").read_text())[:6]
+    write_json(genuine / "grefs(unc).json", small)
+    change(genuine / "instances.json", lambda x: x.update(images=x["images"][:2], annotations=x["annotations"][:8]))
+    arguments = [sys.executable, "-c", FUZZ, str(genuine), str(seed), str(count)]
+    done = subprocess.run(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded, refused = map(int, done.stdout.split())
+    return loaded, refused
+
+
+def test_mutated_files_load_or_fail_clearly(genuine):
+    loaded, refused = fuzz(genuine, seed=random.Random(1).randrange(10**6), count=300)
+    assert loaded > 50 and refused > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_ten_thousand_mutated_files(genuine, seed):
+    loaded, refused = fuzz(genuine, seed, count=2_000)
+    assert loaded + refused == 2_000
+
+
+REFS = st.lists(
+    st.fixed_dictionaries(
+        {"ref_id": VALUES, "image_id": st.one_of(st.sampled_from([101, 102, 5]), VALUES)},
+        optional={"split": st.sampled_from(["train", "val", "x", 3]), "ann_id": VALUES, "sentences": VALUES},
+    ),
+    max_size=4,
+)
+
+
+@given(REFS)
+@settings(max_examples=100, deadline=None)
+def test_any_list_of_refs_loads_whole_or_fails_once(tmp_path_factory, refs):
+    folder = tmp_path_factory.mktemp("refs")
+    write_json(folder / "instances.json", {"images": [], "annotations": [], "categories": []})
+    write_json(folder / "grefs(unc).json", refs)
+    try:
+        notes = files.read_annotations(folder)
+    except ValueError as error:
+        assert "grefs(unc).json" in str(error)
+    else:
+        named = sum(len(names) for kind, names in notes.problems.items() if "left out" in kind or "without" in kind)
+        assert named == len(refs)
