@@ -222,7 +222,7 @@ def _pair(refs: list[dict], instances: dict) -> Annotations:
             splits.setdefault(ref["split"], {}).setdefault(ref["image_id"], []).append(ref)
     _note_sentences(refs, problems)
     ordered = {split: splits[split] for split in SPLITS if split in splits}
-    wordless = [ref for ref in refs if not ref["sentences"]]
+    wordless = [ref for ref in refs if not ref["sentences"] and all(ann_id in owner for ann_id in targets(ref))]
     return Annotations(images, objects, instances["categories"], ordered, wordless, problems)
 
 

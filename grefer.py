@@ -88,13 +88,13 @@ class GRefer:
         return [ref["ref_id"] for ref in refs]
 
     def getAnnIds(self, image_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the annotations on these images, and of those what these refs point at."""
+        """Ids of the annotations on these images, of those what these refs point at; for refs, in ascending order."""
         images, refs = _ids(image_ids), _ids(ref_ids)
         found = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
         if not refs:
             return found if images else [ann["id"] for ann in self.data["annotations"]]
         wanted = {key for ref_id in refs for key in as_list(self.Refs[ref_id]["ann_id"])}
-        return list((set(found) if images else self._ann_ids).intersection(wanted))
+        return sorted((set(found) if images else self._ann_ids) & wanted)
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
         """Ids of the images of these refs, or of all images."""
@@ -199,7 +199,7 @@ class GRefer:
         if report["config"] != config:
             raise ValueError(f"{self.root} was built with {report['config']!r}, not {config!r}.")
         columns = ["image_id", "file_name", "width", "height", "objects", "expressions"]
-        refs, images, anns = list(report["refs_without_sentences"]), {}, {}
+        refs, images, anns = [], {}, {}
         for shard in report["shards"]:
             split = Path(shard).name.split("-")[0]
             for row in arrow_dataset.dataset(self.root / shard).to_table(columns=columns).to_pylist():
@@ -207,6 +207,7 @@ class GRefer:
                 images[row["image_id"]] = image
                 anns |= {item["ann_id"]: _annotation(item, row["image_id"]) for item in row["objects"]}
                 refs.extend(self._refs(row, split, anns))
+        refs.extend(ref for ref in report["refs_without_sentences"] if ref["image_id"] in images)
         refs.sort(key=lambda ref: ref["ref_id"])
         parts = {"images": list(images.values()), "annotations": list(anns.values())}
         return refs, parts | {"categories": report["categories"]}

@@ -1,0 +1,225 @@
+"""The command line: what it prints, what it leaves, how it fails; downloads from a server on this machine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+
+import grefcoco
+import grefcoco_commands as commands
+from tests.tiny_grefcoco import write_genuine
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def genuine(tmp_path) -> Path:
+    return write_genuine(tmp_path / "set")
+
+
+@pytest.fixture
+def built(genuine, tmp_path) -> Path:
+    grefcoco.build(genuine, genuine / "train2014", tmp_path / "built")
+    return tmp_path / "built"
+
+
+def run(*arguments: object) -> int:
+    return commands.main([str(argument) for argument in arguments])
+
+
+def build(source: Path, images: Path, out: Path, *more: object) -> int:
+    return run("build", "--annotations", source, "--images", images, "--out", out, *more)
+
+
+def test_build_reports_what_it_built(genuine, tmp_path, capsys):
+    assert build(genuine, genuine / "train2014", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "testA: 2 images" in printed and "load_dataset" in printed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| testA | 2 |" in card and "$" not in card and "testA-*" in card
+
+
+@pytest.mark.parametrize(
+    "trouble", ["no images", "no annotations", "not json", "image gone", "image cut", "processes"]
+)
+def test_bad_input_is_one_line_and_code_2(genuine, tmp_path, capsys, trouble):
+    images, more = genuine / "train2014", []
+    picture = next(images.iterdir())
+    if trouble == "no images":
+        images = tmp_path / "nowhere"
+    elif trouble == "no annotations":
+        (genuine / "instances.json").unlink()
+    elif trouble == "not json":
+        (genuine / "instances.json").write_text("<html>")
+    elif trouble == "image gone":
+        picture.unlink()
+    elif trouble == "image cut":
+        picture.write_bytes(picture.read_bytes()[:500])
+    else:
+        more = ["--num-proc", 0]
+    assert build(genuine, images, tmp_path / "out", *more) == 2
+    named = {
+        "no images": "nowhere",
+        "no annotations": str(genuine),
+        "not json": "instances.json",
+        "processes": "--num-proc",
+    }
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and named.get(trouble, picture.name) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+
+
+def test_check_knows_whole_from_damaged(genuine, built, capsys):
+    assert run("check", genuine) == run("check", built) == 0
+    printed = capsys.readouterr().out
+    assert "1 images shared between splits" in printed and "not the official release" in printed
+    shard = next((built / "data").glob("val-*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert run("check", built) == 1
+    assert f"DAMAGED: {shard}" in capsys.readouterr().out
+    shard.unlink()
+    assert run("check", built) == 1
+
+
+def test_official_files_are_recognised(genuine, monkeypatch, capsys):
+    hashes = {name: grefcoco.sha256(genuine / name) for name in commands.OFFICIAL_SHA256}
+    monkeypatch.setattr(commands, "OFFICIAL_SHA256", hashes)
+    counts = commands._count_genuine(commands.read_annotations(genuine))
+    monkeypatch.setattr(
+        commands,
+        "OFFICIAL_COUNTS",
+        {split: tuple(found[name] for name in commands.COUNTED) for split, found in counts.items()},
+    )
+    assert run("check", genuine) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("official release") == 2 + 4 and "not the official release" not in printed
+
+
+def test_counts_agree_built_and_genuine(genuine, built):
+    report = json.loads((built / "build.json").read_text())
+    for split, counts in commands._count_genuine(commands.read_annotations(genuine)).items():
+        assert {name: report["splits"][split][name] for name in counts} == counts
+
+
+def test_official_counts_add_up():
+    sums = [sum(column) for column in zip(*commands.OFFICIAL_COUNTS.values())]
+    assert sums[1:6] == [94_050, 258_836, 37_166, 132_187, 89_483] and sums[0] == 19_994 + 1
+    assert all(row[2] == sum(row[3:6]) for row in commands.OFFICIAL_COUNTS.values())
+
+
+def test_stats_and_show_leave_pictures(genuine, built, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for source in (genuine, built):
+        assert run("stats", source, "--out", tmp_path / "stats.png") == 0
+        assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| train")]
+    assert len(rows) == 2 and rows[0] == rows[1]
+    assert run("show", built, "--targets", 2, "--split", "val", "--out", tmp_path / "show") == 0
+    page = (tmp_path / "show" / "index.html").read_text()
+    assert page.count("<figure>") == len(list((tmp_path / "show").glob("*.png"))) > 0 and "2 targets" in page
+    assert run("show", built, "--split", "none", "--out", tmp_path / "no") == 2
+    assert run("show", genuine, "--images", genuine / "train2014", "--id", 1, "--out", tmp_path / "no") == 2
+
+
+@pytest.mark.parametrize("kind", ["mdetr", "coco"])
+def test_export_writes_a_file_per_split(built, tmp_path, kind):
+    assert run("export", built, "--format", kind, "--out", tmp_path / "json") == 0
+    assert len(list((tmp_path / "json").iterdir())) == 4
+    assert all(json.loads(path.read_text())["annotations"] for path in (tmp_path / "json").iterdir())
+
+
+# ---- download ----------------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.content` with ranges; breaks off after `server.limit` bytes of a body."""
+
+    def do_GET(self) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.server.asked.append(start)
+        body = self.server.content[start:]
+        self.send_response(206 if start and self.server.ranges else 200)
+        if not self.server.ranges:
+            body = self.server.content
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.limit])
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.HTTPServer]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.limit, server.ranges, server.asked = bytes(range(256)) * 500, None, True, []
+    server.url = f"http://127.0.0.1:{server.server_port}/file"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_cut_download_goes_on_where_it_stopped(server, tmp_path, ranges):
+    path, server.limit, server.ranges = tmp_path / "file", 40_000, ranges
+    with pytest.raises(ValueError, match="cut off after 40000 of 128000"):
+        commands.fetch(server.url, path)
+    assert not path.exists()
+    server.limit = None
+    commands.fetch(server.url, path, hashlib.sha256(server.content).hexdigest())
+    assert path.read_bytes() == server.content and server.asked == [0, 40_000]
+    commands.fetch(server.url, path)
+    assert len(server.asked) == 2 and [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_wrong_checksum_is_thrown_away(server, tmp_path):
+    with pytest.raises(ValueError, match="sha256"):
+        commands.fetch(server.url, tmp_path / "file", "0" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
+    copy = commands._copy
+
+    def full(answer: object, partial: Path, have: int, total: int) -> None:
+        partial.write_bytes(answer.read(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commands, "_copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        commands.fetch(server.url, tmp_path / "file")
+    monkeypatch.setattr(commands, "_copy", copy)
+    commands.fetch(server.url, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == server.content and server.asked == [0, 1000]
+
+
+def test_build_downloads_what_is_missing(server, genuine, tmp_path, monkeypatch):
+    server.content = (genuine / "instances.json").read_bytes()
+    (genuine / "instances.json").unlink()
+    monkeypatch.setattr(commands, "hf_hub_url", lambda *args, **kwargs: server.url)
+    monkeypatch.setitem(commands.OFFICIAL_SHA256, "instances.json", hashlib.sha256(server.content).hexdigest())
+    assert build(genuine, genuine / "train2014", tmp_path / "out", "--download") == 0
+    assert (tmp_path / "out" / "README.md").exists()
+    assert build(genuine, genuine / "train2014", tmp_path / "out", "--download", "--config", "refcoco_unc") == 2
+
+
+def test_no_server_is_one_line(genuine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "COCO_IMAGES", "http://127.0.0.1:9/train2014.zip")
+    assert build(genuine, tmp_path / "train2014.zip", tmp_path / "out", "--download") == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
