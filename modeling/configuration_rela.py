@@ -90,7 +90,7 @@ class RelaConfig(PreTrainedConfig):
     loss_scale: float = 5.0
     """Factor of the whole sum."""
     soft_minimap: bool = False
-    """Teach the minimap each cell's covered fraction; published: only cells that are covered entirely count."""
+    """Teach the minimap each cell's covered fraction; published: 1 where the centre is covered entirely, else 0."""
     auxiliary_loss: bool = False
     """Supervise every region decoder layer; published: the last alone."""
 

@@ -24,22 +24,39 @@ class RelaImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
+        """A flat list of images; grey arrays get the channel axis that transformers expects."""
+        images = (
+            [_with_channels(image) for image in images] if isinstance(images, list | tuple) else _with_channels(images)
+        )
+        return super()._prepare_images_structure(images, expected_ndims)
+
     def process_image(self, image: ImageInput, **kwargs: object) -> Image.Image:
-        """PIL in any mode, or uint8 array or tensor (H, W), (H, W, 1 | 3 | 4) or channels first -> RGB, upright."""
+        """One image of any kind to an upright RGB one.
+
+        Args:
+            image: PIL in any mode; or array or tensor (H, W, 1 | 3 | 4) or channels first, uint8 or floats of 0..1.
+
+        Raises:
+            ValueError: for an array of another type, range or shape.
+        """
         if isinstance(image, Image.Image):
             return ImageOps.exif_transpose(image).convert("RGB")
         array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+        if np.issubdtype(array.dtype, np.floating) and 0 <= array.min() and array.max() <= 1:
+            array = (array * 255).round().astype(np.uint8)
         if array.dtype != np.uint8:
-            raise ValueError(f"image of dtype {array.dtype} given to RelaImageProcessor: pass uint8 values of 0..255")
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-            array = np.moveaxis(array, 0, -1)
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[..., 0]
-        if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
             raise ValueError(
-                f"image of shape {array.shape} given to RelaImageProcessor: pass (H, W), (H, W, 1 | 3 | 4) or "
-                "(1 | 3 | 4, H, W)"
+                f"{array.dtype} image of {array.min()}..{array.max()} given to RelaImageProcessor: pass uint8 of 0..255 "
+                "or floats of 0..1"
             )
+        if array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+            array = np.moveaxis(array, 0, -1)
+        if array.shape[2] not in (1, 3, 4):
+            raise ValueError(
+                f"image of shape {array.shape} given to RelaImageProcessor: pass (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W)"
+            )
+        array = array[..., 0] if array.shape[2] == 1 else array
         return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
     def _preprocess(
@@ -93,6 +110,10 @@ def image_sizes(original: tuple[int, int], size: SizeDict | dict[str, int]) -> t
         )
     height, width = (max(1, round(side * edge / max(original))) for side in original)
     return (height, width), (edge, edge)
+
+
+def _with_channels(image: ImageInput) -> ImageInput:
+    return image[..., None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
 
 
 RelaImageProcessor.register_for_auto_class("AutoImageProcessor")

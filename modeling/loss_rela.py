@@ -69,13 +69,16 @@ def _bce_dice(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def _minimap_loss(minimap: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, soft: bool) -> torch.Tensor:
     """Cross entropy of the minimap (batch, regions, 2) with the target shrunk to its grid.
 
-    The published target is cut to an integer: a cell counts only where the samples of the shrinking are all target.
+    The published target is the mask sampled at each cell's centre, cut to an integer: a cell counts where the pixels
+    around its centre are all target.
     """
     side = math.isqrt(minimap.shape[1])
-    target = nn.functional.interpolate(
-        masks.float()[:, None], (side, side), mode="bilinear", align_corners=False, antialias=soft
-    ).flatten(1)
-    target = torch.stack([1 - target, target], dim=1).to(minimap.dtype) if soft else target.long()
+    masks, size = masks.float()[:, None], (side, side)
+    if soft:
+        covered = nn.functional.interpolate(masks, size, mode="area").flatten(1).to(minimap.dtype)
+        target = torch.stack([1 - covered, covered], dim=1)
+    else:
+        target = nn.functional.interpolate(masks, size, mode="bilinear", align_corners=False).flatten(1).long()
     return nn.functional.cross_entropy(minimap.transpose(1, 2), target, weight)
 
 

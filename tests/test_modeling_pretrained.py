@@ -38,9 +38,8 @@ def stock_swin() -> SwinBackbone:
 
 def legacy(name: str) -> str:
     """Name of a transformers Swin weight as its Hub files have it."""
-    name = re.sub(
-        r"attention\.([qkv])_proj", lambda m: f"attention.self.{dict(q='query', k='key', v='value')[m[1]]}", name
-    )
+    for letter, word in (("q", "query"), ("k", "key"), ("v", "value")):
+        name = name.replace(f"attention.{letter}_proj", f"attention.self.{word}")
     name = name.replace("attention.o_proj", "attention.output.dense").replace("mlp.fc1", "intermediate.dense")
     name = name.replace("attention.relative_position_bias.", "attention.self.").replace("mlp.fc2", "output.dense")
     return name if name.startswith("swin.") else f"swin.{name}"

@@ -1,0 +1,160 @@
+"""RelaModel as a transformers citizen: attention, precision, compilation, export, checkpointing, saving."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.modeling_rela import RelaModel
+from modeling.processing_rela import RelaCollator
+from tests.tiny_rela import RESNET, SWIN, expression_rows, tiny_config, tiny_processor
+
+BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict:
+    return RelaCollator(tiny_processor())(expression_rows())
+
+
+@pytest.fixture(scope="module")
+def inputs(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def tiny_model(seed: int = 0, **changes: object) -> RelaModel:
+    torch.manual_seed(seed)
+    return RelaModel(tiny_config(**changes)).eval()
+
+
+@BACKBONES
+def test_eager_attention_equals_sdpa(inputs: dict, changes: dict) -> None:
+    model = tiny_model(**changes)
+    assert model.config._attn_implementation == "sdpa"
+    expected = model(**inputs)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**inputs).pred_masks, expected.pred_masks, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@BACKBONES
+def test_compiles_without_graph_breaks(inputs: dict, batch: dict, changes: dict) -> None:
+    model = tiny_model(**changes)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).pred_masks, model(**inputs).pred_masks, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+
+
+@pytest.mark.slow
+@BACKBONES
+def test_exports(inputs: dict, changes: dict) -> None:
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs=inputs)
+        torch.testing.assert_close(exported.module()(**inputs).pred_masks, model(**inputs).pred_masks)
+
+
+@BACKBONES
+def test_gradient_checkpointing_changes_no_gradient(batch: dict, changes: dict) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(**changes).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.08), (torch.float16, 0.02)])
+@BACKBONES
+def test_half_precision_keeps_the_fragile_parts_in_fp32(
+    inputs: dict, changes: dict, dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    model = tiny_model(**changes)
+    # Not a flat picture: where all pixels agree, instance normalisation magnifies whatever the rounding left.
+    inputs = {**inputs, "pixel_values": torch.randn(2, 3, 128, 128)}
+    model.save_pretrained(tmp_path)
+    half = RelaModel.from_pretrained(tmp_path, dtype=dtype)
+    assert next(half.vision_encoder.parameters()).dtype == dtype
+    assert half.region_decoder.layers[0].fc1.weight.dtype == dtype
+    for part in (half.text_encoder, half.pixel_decoder, half.region_decoder.heads):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    with torch.no_grad():
+        exact, rounded = model(**inputs).pred_masks, half(**inputs).pred_masks
+        with torch.autocast("cpu", dtype=dtype):
+            automatic = model(**inputs).pred_masks
+        everything = model.to(dtype)(**inputs).pred_masks
+    assert (rounded - exact).norm() < tolerance * exact.norm()
+    assert (automatic - exact).norm() < tolerance * exact.norm()
+    assert everything.isfinite().all()
+
+
+SCRIPT = """
+import sys, torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+folder, inputs, outputs = sys.argv[1:]
+for auto in (AutoConfig, AutoImageProcessor, AutoProcessor):
+    auto.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(dict(model(**torch.load(inputs))), outputs)
+"""
+
+
+@pytest.mark.slow
+@BACKBONES
+def test_saved_model_gives_identical_outputs_in_a_fresh_process_elsewhere(
+    inputs: dict, changes: dict, tmp_path: Path
+) -> None:
+    model, folder = tiny_model(**changes), tmp_path / "saved"
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=elsewhere, check=True)
+    with torch.no_grad():
+        expected = model(**inputs)
+    for name, value in torch.load(tmp_path / "outputs.pt").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_closed_gates_run_the_trunk_once_per_image(inputs: dict) -> None:
+    model = tiny_model(**SWIN)
+    assert model.vision_encoder.gates_closed
+    shared = model(**inputs)
+    model.vision_encoder.gates_closed = False  # the general path, with gates that add zero
+    torch.testing.assert_close(model(**inputs).pred_masks, shared.pred_masks, atol=1e-5, rtol=1e-4)
+    seen = []
+    model.vision_encoder.trunk.layers[3].register_forward_hook(lambda module, args, x: seen.append(len(x)))
+    model(**inputs)
+    model.eval()(**inputs)
+    assert seen == [4, 2], "four sentences about two images"
+
+
+def test_gates_that_open_are_noticed_and_learn(batch: dict) -> None:
+    model = tiny_model(**SWIN)
+    assert not any(parameter.requires_grad for parameter in model.vision_encoder.gates.parameters())
+    weights = model.state_dict()
+    weights["vision_encoder.gates.0.inner.weight"] = torch.ones_like(weights["vision_encoder.gates.0.inner.weight"])
+    model.load_state_dict(weights)
+    assert not model.vision_encoder.gates_closed
+    model(**batch).loss.backward()
+    assert model.vision_encoder.gates[0].outer.weight.grad.abs().sum() > 0
+    opened = tiny_model(**{**SWIN, "language_gate": "open"})
+    opened(**batch).loss.backward()
+    assert all(gate.outer.weight.grad.abs().sum() > 0 for gate in opened.vision_encoder.gates)
+
+
+def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
+    model = tiny_model()
+    output = model(**inputs)
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], output.pred_masks)
