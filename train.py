@@ -20,8 +20,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import evaluate
@@ -79,10 +81,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "batches summed before an optimiser step")
     learning_rate: float = option(1e-5, "AdamW learning rate at its peak")
     weight_decay: float = option(0.05, "AdamW decay of matrices; norms, biases and embeddings are not decayed")
+    frozen: list[str] = option([], "beginnings of the names of parameters that are not trained")
     max_grad_norm: float = option(0.01, "gradients are clipped to this norm over the whole model")
     lr_scheduler_type: str = option("step", "constant, cosine, or step (x 0.1 at each of lr_decay_steps)")
     lr_decay_steps: list[int] = option([110_000, 140_000], "steps of the decays of the step schedule")
-    lr_warmup_steps: int = option(0, "steps of linear warm-up")
+    lr_warmup_steps: int = option(0, "steps of linear warm-up, at the start and again after the category warm-up")
     category_supervision: bool = option(False, "teach the vision trunk the category of every annotated pixel as well")
     category_warmup_steps: int = option(0, "first steps that train the vision trunk alone to name categories")
     mixed_precision: str = option("no", "no, fp16 or bf16")
@@ -151,11 +154,18 @@ class SentenceBatchSampler:
     """
 
     def __init__(
-        self, image_ids: np.ndarray, batch_size: int, sentences_per_image: int, seed: int, rank: int, world_size: int
+        self,
+        image_ids: np.ndarray,
+        batch_size: int,
+        sentences_per_image: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start: int = 0,
     ) -> None:
         self.groups = np.split(order := np.argsort(image_ids, kind="stable"), _changes(image_ids[order]))
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.sentences_per_image, self.seed, self.start = sentences_per_image, seed, 0
+        self.sentences_per_image, self.seed, self.start = sentences_per_image, seed, start
         self.batches_per_epoch = len(image_ids) // (batch_size * world_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -206,9 +216,7 @@ def load_model(
     if config.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     else:
-        tokenizer = BertTokenizer().train_new_from_iterator(
-            [train_rows.with_format(None)["sentence"]], vocab_size=4000, show_progress=False
-        )
+        tokenizer = word_tokenizer(train_rows.with_format(None)["sentence"])
         fields["text_config"] = {**fields.get("text_config", {}), "vocab_size": len(tokenizer)}
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(RelaConfig)})
     if unknown:
@@ -218,6 +226,23 @@ def load_model(
         model.text_encoder = BertModel.from_pretrained(config.tokenizer, add_pooling_layer=False)
     image_processor = RelaImageProcessor(size={"height": config.image_size, "width": config.image_size})
     return model, RelaProcessor(image_processor, tokenizer)
+
+
+def word_tokenizer(sentences: Iterable[str], max_words: int = 4000) -> BertTokenizer:
+    """A BERT tokeniser of the most frequent words, with single characters for all others.
+
+    (The WordPiece trainer of `tokenizers` gives another vocabulary at every run.)
+    """
+    rules = BertTokenizer().backend_tokenizer
+    words = Counter()
+    for sentence in sentences:
+        pieces = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(sentence))
+        words.update(word for word, _ in pieces)
+    characters = sorted(set("".join(words)))
+    frequent = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))[:max_words]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *characters, *("##" + character for character in characters), *frequent]
+    return BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -233,7 +258,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of `step`, a pure function, so that nothing of the schedule has to be saved."""
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+    since_phase_began = step - config.category_warmup_steps if step >= config.category_warmup_steps else step
+    rate = config.learning_rate * min(1.0, (since_phase_began + 1) / max(1, config.lr_warmup_steps))
     if config.lr_scheduler_type == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
     if config.lr_scheduler_type == "step":
@@ -278,20 +304,9 @@ class Run:
 
     def _prepare_training(self, train_rows: Dataset) -> None:
         config = self.config
-        self.sampler = SentenceBatchSampler(
-            np.asarray(train_rows.with_format(None)["image_id"]),
-            config.per_device_train_batch_size,
-            config.sentences_per_image,
-            config.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        self.loader = DataLoader(
-            train_rows,
-            batch_sampler=self.sampler,
-            collate_fn=self.collator,
-            num_workers=config.dataloader_num_workers,
-        )
+        self.train_rows = train_rows
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(tuple(config.frozen)))
         groups = parameter_groups(self.model, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -303,8 +318,7 @@ class Run:
         if config.resume_from_checkpoint:
             self.resume(config.resume_from_checkpoint)
         progress = self.progress
-        self.sampler.start = progress.step * config.gradient_accumulation_steps
-        batches = iter(self.loader)
+        batches = self.batches(progress.step * config.gradient_accumulation_steps)
         bar = tqdm(
             total=config.max_train_steps,
             initial=progress.step,
@@ -328,6 +342,27 @@ class Run:
             if progress.step % config.checkpointing_steps == 0 and progress.step < config.max_train_steps:
                 self.save_checkpoint()
         bar.close()
+
+    def batches(self, start: int) -> Iterator[dict[str, object]]:
+        """This process's batches from batch `start` on; those of the category warm-up hold one sentence an image."""
+        config = self.config
+        warm_up = config.category_warmup_steps * config.gradient_accumulation_steps
+        if start < warm_up:
+            yield from islice(self._loader(1, start), warm_up - start)
+        yield from self._loader(config.sentences_per_image, max(0, start - warm_up))
+
+    def _loader(self, sentences_per_image: int, start: int) -> DataLoader:
+        sampler = SentenceBatchSampler(
+            np.asarray(self.train_rows.with_format(None)["image_id"]),
+            self.config.per_device_train_batch_size,
+            sentences_per_image,
+            self.config.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            start,
+        )
+        workers = self.config.dataloader_num_workers
+        return DataLoader(self.train_rows, batch_sampler=sampler, collate_fn=self.collator, num_workers=workers)
 
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
         """One optimiser step; returns its mean loss. Its random numbers depend on (seed, step, process) alone."""

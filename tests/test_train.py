@@ -1,0 +1,192 @@
+"""train.py: recipes and their errors, the sampler, a run from scenes to report, resuming."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import train
+from demo.scenes import write_scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_scenes(folder / "scenes", "easy", 0, {"train": 24, "val": 6, "testA": 3, "testB": 3}, size=64)
+    images = folder / "scenes" / "train2014"
+    command = ["build", "--annotations", folder / "scenes", "--images", images, "--out", folder / "built"]
+    done = run("grefcoco.py", *command)
+    assert done.returncode == 0, done.stderr
+    return folder / "built"
+
+
+def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def tiny(dataset: Path, out: Path, **flags: object) -> list[str]:
+    """Arguments of a run that takes seconds, with drop-out on so that random numbers matter."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {"stem_channels": 8, "stage_channels": [8, 8, 16, 16], "pixel_decoder_size": 16, "mask_size": 16}
+    model = recipe["model"] | sizes | {"hidden_size": 16, "depths": [1, 1, 1, 1], "decoder_ffn_size": 16}
+    recipe |= {
+        "model": model | {"text_config": {**recipe["model"]["text_config"], **text, "hidden_dropout_prob": 0.1}}
+    }
+    recipe |= {"dataset": str(dataset), "output_dir": str(out), "image_size": 64, "report_to": "none"}
+    recipe |= {"max_train_steps": 8, "category_warmup_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 2}
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe | flags))
+    return [str(path)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_only_what_exists(path):
+    config = train.parse_config([str(path), "--dataset", "x"])
+    train.RelaConfig(**config.model)
+
+
+def test_flags_win_over_the_recipe():
+    config = train.parse_config([str(ROOT / "recipes/demo.yaml"), "--dataset", "x", "--learning_rate", "0.5"])
+    assert config.learning_rate == 0.5
+    assert config.image_size == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("- 1", "a recipe is a mapping"),
+        ("a: [", "cannot read this recipe"),
+        ("dataset: x\nlr_scheduler_type: linear", "lr_scheduler_type is 'linear'; it must be one of constant"),
+        ("dataset: x\nmodel: {depth: 3}", "'depth' is not a field of RelaConfig"),
+        ("max_train_steps: 0\ndataset: x", "max_train_steps is 0; it must be at least 1"),
+        ("seed: 1", "name a built folder or a Hub id with --dataset"),
+        ("dataset: x\neval_only: true", "name it with --checkpoint"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("dataset: x", f"dataset: {dataset}"))
+    done = run("train.py", path, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_data_set_is_one_clear_line(tmp_path):
+    done = run(
+        "train.py", ROOT / "recipes/demo.yaml", "--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"
+    )
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_epoch_holds_each_sentence_once_in_groups_of_one_image():
+    image_ids = np.repeat(np.arange(12), 6)
+    sampler = train.SentenceBatchSampler(image_ids, 12, 3, seed=1, rank=0, world_size=1)
+    batches = iter(sampler)
+    epoch = [next(batches) for _ in range(6)]
+    assert sorted(np.concatenate(epoch)) == list(range(72))
+    assert all(len(set(image_ids[batch])) <= 4 for batch in epoch)
+    assert sorted(np.concatenate([next(batches) for _ in range(6)])) == list(range(72))
+
+
+def test_processes_share_the_global_batch_and_a_start_is_a_step():
+    image_ids = np.repeat(np.arange(10), 4)
+    whole = iter(train.SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1))
+    halves = [train.SentenceBatchSampler(image_ids, 4, 2, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    started = train.SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1, start=7)
+    parts = [iter(half) for half in halves]
+    seen = [next(whole) for _ in range(9)]
+    assert seen == [next(parts[0]) + next(parts[1]) for _ in range(9)]
+    assert [next(iter(started))] == seen[7:8]
+
+
+def test_word_tokenizer_knows_frequent_words_and_spells_the_others():
+    tokenizer = train.word_tokenizer(["The red circle.", "the red star", "a redd star"], max_words=3)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("the red, circle zed")["input_ids"])
+    assert tokens == ["[CLS]", "the", "red", "[UNK]", "c", "##i", "##r", "##c", "##l", "##e", "[UNK]", "[SEP]"]
+    assert tokenizer.pad_token_id == 0
+    again = train.word_tokenizer(["a redd star", "the red star", "The red circle."], max_words=3)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_learning_rates():
+    cosine = train.TrainConfig(
+        dataset="x", lr_scheduler_type="cosine", max_train_steps=100, lr_warmup_steps=10, learning_rate=1.0
+    )
+    rates = [train.learning_rate(cosine, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(rates[9], rel=0.03) and rates[-1] < 1e-3
+    step = train.TrainConfig(dataset="x", learning_rate=1.0, lr_decay_steps=[5, 8])
+    assert [train.learning_rate(step, s) for s in (4, 5, 8)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_norms_biases_and_tables_are_not_decayed():
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2), "norm": torch.nn.LayerNorm(2)})
+    model["token_embedding"] = torch.nn.Embedding(3, 2)
+    decayed, kept = train.parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+    assert [id(p) for p in decayed["params"]] == [id(model["fc"].weight)]
+    assert len(kept["params"]) == 4
+
+
+def test_a_run_leaves_report_pictures_metrics_and_model(dataset, tmp_path):
+    out = tmp_path / "out"
+    done = run("train.py", *tiny(dataset, out, eval_steps=4))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7"} <= set(metrics["gres"])
+    assert metrics["train"]["steps"] == 8 and metrics["train"]["sentences"] == 64
+    assert 0 < metrics["baselines"]["every object"]["gIoU"] < 100
+    page = (out / "report.md").read_text()
+    assert f"| **this model** | {metrics['gres']['gIoU']:.2f} |" in page and "| always empty |" in page
+    for name in ("predictions.png", "learning_curve.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert {"config.json", "model.safetensors", "modeling_rela.py"} <= {p.name for p in (out / "checkpoint").iterdir()}
+    again = ["--checkpoint", out / "checkpoint", "--dataset", dataset, "--per_device_train_batch_size", 8]
+    done = run("train.py", "--eval_only", *again, "--output_dir", tmp_path / "again", "--split", "val")
+    assert done.returncode == 0, done.stderr
+    repeated = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert repeated["gres"] == metrics["gres"]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(dataset, tmp_path):
+    whole = run("train.py", *tiny(dataset, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    flags = tiny(dataset, tmp_path / "part", checkpointing_steps=5)
+    code = "import os, train; save = train.Run.save_checkpoint\n"
+    code += "def killed(self): save(self); os.kill(os.getpid(), 9)\n"
+    code += f"train.Run.save_checkpoint = killed; train.main({flags!r})"
+    assert run("-c", code).returncode == -9
+    assert not (tmp_path / "part" / "checkpoint").exists()
+    resumed = run("train.py", *flags, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("whole", "part"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(dataset, tmp_path):
+    flags = tiny(dataset, tmp_path / "out", checkpointing_steps=3)
+    assert run("train.py", *flags).returncode == 0
+    newest = tmp_path / "out" / "checkpoints" / "step-00000006"
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    done = run("train.py", *flags, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors is damaged; trying the one before" in done.stderr
+    done = run("train.py", *flags, "--resume_from_checkpoint", newest)
+    assert done.returncode == 2 and "is damaged" in done.stderr
