@@ -17,8 +17,11 @@ BIN = .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python demo/scenes.py $(DATA)/scenes-$(LEVEL) --level $(LEVEL) $(SCENES_FLAGS)
-	$(BIN)/python grefcoco.py build --annotations $(DATA)/scenes-$(LEVEL) --images $(DATA)/scenes-$(LEVEL)/train2014 --out $(DATA)/$(LEVEL)
+	$(MAKE) --no-print-directory $(DATA)/$(LEVEL)/build.json
 	$(BIN)/python train.py $(RECIPE) --dataset $(DATA)/$(LEVEL) --output_dir $(OUT) $(TRAIN_FLAGS)
+
+$(DATA)/%/build.json: $(DATA)/scenes-%/instances.json
+	$(BIN)/python grefcoco.py build --annotations $(<D) --images $(<D)/train2014 --out $(@D)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -22,6 +22,7 @@ CURVES = (("gIoU", 1, "#f0386b"), ("cIoU", 1, "#8a5cf0"), ("N_acc", 100, "#d9900
 TRUTH_COLOUR, PREDICTION_COLOUR = "#00b3a4", "#f0386b"
 GOOD, BAD = "#2e9e5b", "#c8323c"
 # gIoU, cIoU of the published models (ReLA paper, table of GRES results); val, testA, testB.
+PUBLISHED_SENTENCES = {"val": 14_229, "testA": 19_200, "testB": 16_063}
 PUBLISHED_GRES = {
     "ReLA Swin-B": {"val": (63.60, 62.42), "testA": (70.03, 69.26), "testB": (61.02, 59.88)},
     "ReLA Swin-T": {"val": (56.86, 57.73)},
@@ -98,16 +99,18 @@ def metrics_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def published_rows(split: str) -> dict[str, dict[str, float]]:
-    """The published numbers of `split` in the form `metrics_table` takes; empty for a split without any."""
+def published_rows(split: str, num_sentences: int) -> dict[str, dict[str, float]]:
+    """The published numbers of `split` as `metrics_table` takes them; none unless all its sentences were measured."""
+    if PUBLISHED_SENTENCES.get(split) != num_sentences:
+        return {}
     found = {name: splits[split] for name, splits in PUBLISHED_GRES.items() if split in splits}
-    return {f"{name} (published, real gRefCOCO)": {"gIoU": g, "cIoU": c} for name, (g, c) in found.items()}
+    return {f"{name} (published)": {"gIoU": g, "cIoU": c} for name, (g, c) in found.items()}
 
 
 def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences: int) -> str:
     """report.md of a run, from what metrics.json holds, its configuration and the number of measured sentences."""
     split, trained = config["split"], summary["train"]
-    rows = {"**this model**": summary["gres"], **summary["baselines"], **published_rows(split)}
+    rows = {"**this model**": summary["gres"], **summary["baselines"], **published_rows(split, num_sentences)}
     lines = [f"# GRES on {config['dataset']}, split {split}, {num_sentences} sentences", "", metrics_table(rows), ""]
     if trained["steps"]:
         speed = trained["sentences"] / max(trained["seconds"], 1e-9)
