@@ -19,6 +19,9 @@ class RelaConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     """The BERT encoder; None is bert-base-uncased's configuration."""
 
+    custom_pipelines: dict | None = None
+    """Where `pipeline("referring-segmentation")` finds its code; filled in."""
+
     # Vision trunk
     backbone: str = "swin"
     """Vision trunk: "swin", "resnet" (bottleneck blocks, frozen batch norm) or "conv" (small, group norm)."""
@@ -105,6 +108,9 @@ class RelaConfig(PreTrainedConfig):
             self.text_config = BertConfig()
         elif isinstance(self.text_config, dict):
             self.text_config = BertConfig(**self.text_config)
+        if self.custom_pipelines is None:
+            pipeline = {"impl": "pipeline_rela.ReferringSegmentationPipeline", "pt": ["AutoModel"]}
+            self.custom_pipelines = {"referring-segmentation": pipeline}
         for name in ("stage_channels", "depths", "window_heads", "class_weights"):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)

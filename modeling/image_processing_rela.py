@@ -26,9 +26,8 @@ class RelaImageProcessor(PilBackend):
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
         """A flat list of images; grey arrays get the channel axis that transformers expects."""
-        images = (
-            [_with_channels(image) for image in images] if isinstance(images, list | tuple) else _with_channels(images)
-        )
+        flat = isinstance(images, list | tuple)
+        images = [_with_channels(image) for image in images] if flat else _with_channels(images)
         return super()._prepare_images_structure(images, expected_ndims)
 
     def process_image(self, image: ImageInput, **kwargs: object) -> Image.Image:
@@ -43,18 +42,19 @@ class RelaImageProcessor(PilBackend):
         if isinstance(image, Image.Image):
             return ImageOps.exif_transpose(image).convert("RGB")
         array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
-        if np.issubdtype(array.dtype, np.floating) and 0 <= array.min() and array.max() <= 1:
+        if np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
             array = (array * 255).round().astype(np.uint8)
         if array.dtype != np.uint8:
             raise ValueError(
-                f"{array.dtype} image of {array.min()}..{array.max()} given to RelaImageProcessor: pass uint8 of 0..255 "
-                "or floats of 0..1"
+                f"{array.dtype} image of {array.min()}..{array.max()} given to RelaImageProcessor: pass uint8 of "
+                "0..255 or floats of 0..1"
             )
         if array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
             array = np.moveaxis(array, 0, -1)
         if array.shape[2] not in (1, 3, 4):
             raise ValueError(
-                f"image of shape {array.shape} given to RelaImageProcessor: pass (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W)"
+                f"image of shape {array.shape} given to RelaImageProcessor: pass (H, W, channels) or (channels, H, W) "
+                "with 1, 3 or 4 channels"
             )
         array = array[..., 0] if array.shape[2] == 1 else array
         return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

@@ -9,6 +9,7 @@ Source: "GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from .pixel_decoder_rela import DeformableAttention, PixelDecoder
 from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
+
+if TYPE_CHECKING:
+    from .pipeline_rela import ReferringSegmentationPipeline  # noqa: F401 (so that its file travels with the model)
 
 
 @dataclass
