@@ -343,6 +343,15 @@ def test_counts_that_do_not_fit_are_refused(columns, message):
     assert len(accumulator) == 0
 
 
+def test_dense_masks_are_bool_and_alike():
+    accumulator, columns = METRIC.accumulator(), {"no_target_score": [0], "no_target": [False]}
+    for array in (np.ones((1, 2, 2)), torch.ones(1, 2, 2)):
+        with pytest.raises(ValueError, match="masks are bool"):
+            accumulator.add_masks(array, array, **columns)
+        with pytest.raises(ValueError, match="height, width"):
+            accumulator.add_masks(array > 0, array[:, :1] > 0, **columns)
+
+
 # --- beyond the headline
 
 

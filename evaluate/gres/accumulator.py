@@ -96,6 +96,8 @@ class GresAccumulator:
         """Bool masks (n, height, width), compared as they are and on their own device; columns as in `add_counts`."""
         if tuple(pred_masks.shape) != tuple(masks.shape) or len(masks.shape) != 3:
             raise ValueError(f"masks are (n, height, width), not {tuple(pred_masks.shape)} and {tuple(masks.shape)}")
+        if not all(str(array.dtype).endswith("bool") for array in (pred_masks, masks)):
+            raise ValueError(f"masks are bool, not {pred_masks.dtype} and {masks.dtype}: take a threshold first")
         intersection, union, predicted = dense_overlaps(pred_masks, masks)
         self.add_counts(
             intersection=intersection,
