@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,16 +108,18 @@ def find_files(folder: str | Path, config: str) -> tuple[Path, Path]:
     )
 
 
-def read_files(folder: str | Path, config: str = "grefcoco") -> tuple[list[dict], dict]:
+def read_files(folder: str | Path, config: str = "grefcoco", compact: bool = False) -> tuple[list[dict], dict]:
     """Refs and instances as the files hold them, unchecked but for their outer form.
+
+    `compact` makes equal coordinates one object: a third of the memory for polygons, at twice the time of reading.
 
     Raises:
         ValueError: a file is not what its name says (JSON, pickle of plain values, list of refs, COCO instances).
         FileNotFoundError: as `find_files`.
     """
     refs_path, instances_path = find_files(folder, config)
+    instances = _read_json(instances_path, _SharedNumbers().__getitem__ if compact else None)
     refs = _read_pickle(refs_path) if refs_path.suffix == ".p" else _read_json(refs_path)
-    instances = _read_json(instances_path)
     if not isinstance(refs, list):
         raise ValueError(f"{refs_path}: a list of refs was expected, found {type(refs).__name__}.")
     for key in ("images", "annotations", "categories"):
@@ -270,12 +272,19 @@ def targets(ref: dict) -> list[int]:
     return [ann_id for ann_id in as_list(ref["ann_id"]) if ann_id != -1]
 
 
-def _read_json(path: Path) -> object:
+class _SharedNumbers(dict[str, float]):
+    def __missing__(self, text: str) -> float:
+        self[text] = float(text)
+        return self[text]
+
+
+def _read_json(path: Path, parse_float: Callable[[str], float] | None = None) -> object:
     # The collector would walk the growing tree of a few million objects again and again: without, half the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        with path.open(encoding="utf-8") as file:
+            return json.load(file, parse_float=parse_float, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     finally:
