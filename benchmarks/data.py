@@ -1,0 +1,373 @@
+"""The data set against plain ways of doing the same, and against what the machine allows at best.
+
+    python benchmarks/data.py --generator make_grefcoco.py --work DIR [--original grefer.py]
+
+The generator writes data in the genuine format (`--out --images --refs --anns-per-image --jpegs`); --original is
+gRefCOCO's own grefer.py, measured beside where it is given. Every measure runs in a process of its own. Times are
+CPU seconds, so that other work on the machine counts less; peaks are resident memory with all libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import grefcoco
+import grefcoco_files
+
+SIDE = 480
+FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
+PICTURES = {"--images": 1_500, "--refs": 18_750, "--anns-per-image": 9.84, "--seed": 3, "--jpegs": 1_500}
+SENTENCES = 1_500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the data, reused when there")
+    parser.add_argument("--original", type=Path)
+    options = parser.parse_args()
+    full = generate(options.generator, options.work / "full", FULL)
+    pictures = generate(options.generator, options.work / "pictures", PICTURES)
+    built = options.work / "built"
+    if not built.exists():
+        grefcoco.build(pictures, pictures / "images/train2014", built, num_proc=2)
+    print("| what | ours | plain way | ratio | limit |\n|---|---|---|---|---|")
+    compare("JSON parsed, CPU s", apart(read_ours, full), apart(read_plain, full), apart(read_bytes, full))
+    compare(
+        "Arrow table, 4,000 images, CPU s",
+        apart(build_columns, full),
+        apart(build_rows, full),
+        apart(copy_table, full),
+    )
+    index = apart(index_ours, full), apart(index_original, full, options.original) if options.original else None
+    compare("GRefer ready, CPU s", index[0][:1], index[1], apart(read_ours, full))
+    print(f"| GRefer, peak GB | {index[0][1]:.2f} | {'' if index[1] is None else f'{index[1][1]:.2f}'} | | |")
+    compare("4,000 merged masks, CPU s", apart(masks_ours, full), apart(masks_plain, full), apart(masks_limit, full))
+    one, plain, decode = (apart(way, pictures, built) for way in (samples_ours, samples_plain, samples_limit))
+    compare(f"{SENTENCES:,} samples one by one, CPU s", one, plain, decode)
+    compare(f"{SENTENCES:,} samples sharing images, CPU s", apart(samples_shared, pictures, built), plain, decode)
+    stream = apart(stream_epoch, built)
+    print(f"| first streamed row, s | {stream[2]['first']:.2f} | | | |")
+    print(f"| streamed rows per CPU s | {stream[2]['rows'] / stream[0]:.0f} | | | |")
+    print(
+        f"| streaming, GB after a tenth and after an epoch | {stream[2]['early']:.2f}, {stream[2]['late']:.2f} | | | |"
+    )
+
+
+Measure = tuple[float, float, object]  # CPU seconds, peak GB, what the function returned
+
+
+def compare(name: str, ours: tuple, plain: tuple | None, limit: tuple) -> None:
+    beside = f"{plain[0]:.2f} | {plain[0] / ours[0]:.1f}x" if plain else " | "
+    print(f"| {name} | {ours[0]:.2f} | {beside} | {limit[0]:.2f} |", flush=True)
+
+
+def apart(function: Callable, *arguments: object) -> Measure:
+    """Run in a fresh process; functions that prepare something first return their own CPU seconds."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, function, arguments).result()
+
+
+def _measured(function: Callable, arguments: tuple) -> Measure:
+    datasets.disable_progress_bars()
+    start = time.process_time()
+    value = function(*arguments)
+    seconds = value if isinstance(value, float) else time.process_time() - start
+    return (
+        seconds,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        value if isinstance(value, dict) else None,
+    )
+
+
+def generate(generator: Path, folder: Path, sizes: dict[str, float]) -> Path:
+    if not folder.exists():
+        arguments = [str(part) for pair in sizes.items() for part in pair]
+        subprocess.run([sys.executable, generator, "--out", folder, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+
+def read_ours(folder: Path) -> float:
+    start = time.process_time()
+    kept = grefcoco_files.read_files(folder)
+    return time.process_time() - start if kept else 0.0
+
+
+def read_plain(folder: Path) -> float:
+    start, kept = time.process_time(), []
+    for path in grefcoco_files.find_files(folder, "grefcoco"):
+        with path.open() as file:
+            kept.append(json.load(file))
+    return time.process_time() - start
+
+
+def read_bytes(folder: Path) -> float:
+    start = time.process_time()
+    kept = [path.read_bytes() for path in grefcoco_files.find_files(folder, "grefcoco")]
+    return time.process_time() - start if kept else 0.0
+
+
+# ---- Arrow -------------------------------------------------------------------------------------------------------
+
+
+def parsed_input(folder: Path) -> tuple[grefcoco_files.Annotations, list[int]]:
+    """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count."""
+    notes = grefcoco_files.read_annotations(folder)
+    image_ids = list(notes.splits["train"])[:4_000]
+    for image_id in image_ids:
+        image = notes.images[image_id]
+        for item in notes.objects[image_id]:
+            item["segmentation"] = grefcoco.to_rle(item["segmentation"], image["height"], image["width"])[0]
+    grefcoco.to_rle = lambda rle, height, width: (rle, None)
+    grefcoco.read_image = lambda source, image: b"picture"
+    return notes, image_ids
+
+
+class Columns(datasets.ArrowBasedBuilder):
+    """The tables of `grefcoco` as its builder yields them."""
+
+    parsed: tuple
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=grefcoco.IMAGE_FEATURES)
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_tables(self) -> Iterator[tuple[int, object]]:
+        notes, image_ids = self.parsed
+        yield from enumerate(grefcoco.image_tables(notes, "train", image_ids, None, grefcoco_files.Problems()))
+
+
+class Rows(datasets.GeneratorBasedBuilder):
+    """The same rows, one dictionary at a time."""
+
+    parsed: tuple
+    _info = Columns._info
+    _split_generators = Columns._split_generators
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        notes, image_ids = self.parsed
+        for image_id in image_ids:
+            image = notes.images[image_id]
+            yield (
+                image_id,
+                {
+                    "image": {"bytes": b"picture", "path": image["file_name"]},
+                    "image_id": image_id,
+                    **{key: image[key] for key in ("file_name", "width", "height")},
+                    "objects": [_object_row(item) for item in notes.objects[image_id]],
+                    "expressions": [
+                        _expression_row(ref, sentence)
+                        for ref in notes.splits["train"][image_id]
+                        for sentence in ref["sentences"]
+                    ],
+                },
+            )
+
+
+def _object_row(item: dict) -> dict:
+    kept = {key: item[key] for key in ("category_id", "bbox", "area", "segmentation")}
+    return {"ann_id": item["id"], "iscrowd": bool(item["iscrowd"]), **kept}
+
+
+def _expression_row(ref: dict, sentence: dict) -> dict:
+    ann_ids = grefcoco_files.targets(ref)
+    kept = {"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"], "raw": sentence["raw"]}
+    return kept | {"sentence": sentence["sent"], "no_target": not ann_ids, "ann_ids": ann_ids}
+
+
+def _prepare(kind: type[datasets.DatasetBuilder], folder: Path) -> float:
+    kind.parsed = parsed_input(folder)
+    with tempfile.TemporaryDirectory() as cache:
+        builder = kind(cache_dir=cache, hash="benchmark")
+        start = time.process_time()
+        builder.download_and_prepare()
+        return time.process_time() - start
+
+
+def build_columns(folder: Path) -> float:
+    return _prepare(Columns, folder)
+
+
+def build_rows(folder: Path) -> float:
+    return _prepare(Rows, folder)
+
+
+def copy_table(folder: Path) -> float:
+    """Writing the finished table and nothing else."""
+    notes, image_ids = parsed_input(folder)
+    tables = list(grefcoco.image_tables(notes, "train", image_ids, None, grefcoco_files.Problems()))
+    start = time.process_time()
+    with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return time.process_time() - start
+
+
+# ---- index and masks ---------------------------------------------------------------------------------------------
+
+
+def index_ours(folder: Path) -> None:
+    grefcoco.GRefer(folder)
+
+
+def index_original(folder: Path, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("original", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.G_REFER(str(folder), "grefcoco", "unc")
+
+
+def _masks(folder: Path, merged: Callable[[grefcoco.GRefer, dict], object]) -> float:
+    refer = grefcoco.GRefer(folder)
+    refs = random.Random(0).sample(refer.data["refs"], 4_000)
+    start = time.process_time()
+    for ref in refs:
+        merged(refer, ref)
+    return time.process_time() - start
+
+
+def masks_ours(folder: Path) -> float:
+    return _masks(folder, lambda refer, ref: refer.getMaskByRef(ref, merge=True))
+
+
+def masks_plain(folder: Path) -> float:
+    """As the field's loaders do: decode every polygon of every target, add up, cut at 1."""
+    return _masks(folder, plain_mask)
+
+
+def plain_mask(refer: grefcoco.GRefer, ref: dict) -> np.ndarray:
+    image = refer.Imgs[ref["image_id"]]
+    total = np.zeros((image["height"], image["width"]), np.uint8)
+    for ann in refer.loadAnns(grefcoco_files.targets(ref)):
+        if not ann["iscrowd"]:
+            rles = coco_mask.frPyObjects(ann["segmentation"], image["height"], image["width"])
+            total += np.sum(coco_mask.decode(rles), axis=2).astype(np.uint8)
+            sum(coco_mask.area(rles))
+    total[np.where(total > 1)] = 1
+    return total
+
+
+def masks_limit(folder: Path) -> float:
+    """pycocotools alone, unchecked: all polygons in one call, one merge, one decode."""
+    return _masks(folder, _mask_unchecked)
+
+
+def _mask_unchecked(refer: grefcoco.GRefer, ref: dict) -> None:
+    image = refer.Imgs[ref["image_id"]]
+    anns = [ann for ann in refer.loadAnns(grefcoco_files.targets(ref)) if not ann["iscrowd"]]
+    if rings := [ring for ann in anns for ring in ann["segmentation"]]:
+        coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(rings, image["height"], image["width"])))
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------
+
+
+def _sentences(built: Path) -> tuple[datasets.Dataset, list[int]]:
+    """Rows of images taken at random, all their sentences, until there are enough."""
+    rows = grefcoco.load(built, split="train", columns=["image", "image_id", "mask", "sentence"])
+    image_ids = np.array(rows.with_format(None)["image_id"][:])
+    order = np.random.default_rng(0).permutation(np.unique(image_ids))
+    return rows, np.concatenate([np.flatnonzero(image_ids == image_id) for image_id in order])[:SENTENCES].tolist()
+
+
+def _ready(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((SIDE, SIDE), Image.BILINEAR))
+
+
+def _small(mask: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).resize((SIDE, SIDE), Image.NEAREST))
+
+
+def samples_ours(pictures: Path, built: Path) -> float:
+    rows, indices = _sentences(built)
+    random.Random(0).shuffle(indices)
+    start = time.process_time()
+    for index in indices:
+        row = rows[index]
+        _ready(row["image"]), _small(coco_mask.decode(row["mask"]))
+    return time.process_time() - start
+
+
+def samples_shared(pictures: Path, built: Path) -> float:
+    """Batches of 32 with the sentences of an image side by side, as a sampler grouped by `image_id` gives them."""
+    rows, indices = _sentences(built)
+    start = time.process_time()
+    for at in range(0, len(indices), 32):
+        batch = rows.__getitems__(indices[at : at + 32])
+        images = {id(row["image"]): row["image"] for row in batch}
+        resized = {key: _ready(image) for key, image in images.items()}
+        for row in batch:
+            resized[id(row["image"])], _small(coco_mask.decode(row["mask"]))
+    return time.process_time() - start
+
+
+def samples_plain(pictures: Path, built: Path) -> float:
+    """One sentence at a time from the genuine files: open, decode, resize; polygons to masks, add up, resize."""
+    refer = grefcoco.GRefer(pictures)
+    wanted = [refer.sentToRef[sent_id] for sent_id in _sent_ids(built, _sentences(built)[1])]
+    random.Random(0).shuffle(wanted)
+    start = time.process_time()
+    for ref in wanted:
+        path = pictures / "images/train2014" / refer.Imgs[ref["image_id"]]["file_name"]
+        with Image.open(path) as image:
+            _ready(image.convert("RGB"))
+        _small(plain_mask(refer, ref))
+    return time.process_time() - start
+
+
+def _sent_ids(built: Path, indices: list[int]) -> list[int]:
+    return grefcoco.load(built, split="train", columns=["sent_id"]).select(indices)["sent_id"][:]
+
+
+def samples_limit(pictures: Path, built: Path) -> float:
+    """Decoding each image once, and nothing else."""
+    rows, indices = _sentences(built)
+    image_ids = set(rows.with_format(None).select(indices)["image_id"][:])
+    paths = sorted((pictures / "images/train2014").iterdir())
+    start = time.process_time()
+    for path in paths[: len(image_ids)]:
+        with Image.open(path) as image:
+            image.load()
+    return time.process_time() - start
+
+
+def stream_epoch(built: Path) -> dict[str, float]:
+    start = time.perf_counter()
+    stream = grefcoco.load(built, split="train", streaming=True)
+    rows = 0
+    sizes = []
+    for _ in stream:
+        if not rows:
+            first = time.perf_counter() - start
+        rows += 1
+        if rows % 100 == 0:
+            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e9)
+    return {"first": first, "rows": rows, "early": sizes[len(sizes) // 10], "late": sizes[-1]}
+
+
+if __name__ == "__main__":
+    main()
