@@ -90,6 +90,8 @@ def test_ties_end_as_published():
     assert both([second, first], [0.8, 0.9])
     assert both([first, second], [0.9, 0.9])  # equal scores: the larger box list first
     assert not both([second, first], [0.9, 0.9])
+    swapped = {"boxes": [low, tall], "scores": [0.9, 0.9]}
+    assert accumulate([swapped], [{"boxes": [first, second]}]).compute()["F1_score"] == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 17, 40, 63, 64, 65, 100])

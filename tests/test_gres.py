@@ -112,6 +112,10 @@ def test_edges_of_the_published_evaluator():
     assert only_no_target == nothing_found | {"gIoU": 100.0, "N_acc": 1.0, "always_empty/gIoU": 100.0}
     missed = score((HALF, False, EMPTY, True))
     assert missed == nothing_found | {"always_empty/gIoU": 100.0}
+    flagged_missed = score(
+        (OTHER, False, HALF, True), (FULL, False, FULL, False)
+    )  # only what was predicted is at fault
+    assert flagged_missed["cIoU"] == pytest.approx(100 * 2 / 3)
     flagged = score((EMPTY, True, HALF, True), (FULL, False, FULL, False))
     assert flagged == dict.fromkeys(SCORES, 100.0) | {"T_acc": 1.0, "N_acc": 1.0, "always_empty/gIoU": 50.0}
 
@@ -170,6 +174,8 @@ def test_resolution():
     accumulator = METRIC.accumulator("propvg")
     accumulator.add(prediction={"mask": pair[0], "no_target": 0}, reference={"mask": pair[2], "no_target": False})
     assert accumulator.rows()["pixels"] == 320 * 320
+    ends, both = METRIC.encode(np.array([[1, 0, 1]])), METRIC.encode(np.array([[1, 1]]))
+    assert score((ends, False, both, False), resolution="original")["gIoU"] == 100  # centres, not corners, are sampled
     for bad in (0, -1, "480", 2.5):
         with pytest.raises(ValueError, match="resolution"):
             METRIC.accumulator(resolution=bad)
@@ -194,6 +200,12 @@ def test_overlaps_are_pixel_counts(shape, seed, fill):
     np.testing.assert_array_equal(np.stack(masks.dense_overlaps(*dense), axis=1), expected)
     tensors = torch.from_numpy(dense[0]), torch.from_numpy(dense[1])
     np.testing.assert_array_equal(np.stack(masks.dense_overlaps(*tensors), axis=1), expected)
+
+
+@pytest.mark.parametrize("shape", [(480, 480), (479, 481)])
+def test_full_dense_masks_are_counted_in_full(shape):
+    full = np.ones((1, *shape), bool)
+    assert [int(count) for count in np.ravel(masks.dense_overlaps(full, full))] == [full.size] * 3
 
 
 def test_overlaps_of_large_masks_over_many_batches():
@@ -422,6 +434,23 @@ def test_flags_choose_the_middle():
         reference = {"mask": mask, "no_target": no_target, "sent_id": sent_id}
         accumulator.add(prediction={"mask": FULL, "no_target": no_target}, reference=reference)
     assert accumulator.choose_threshold().value == 0.5
+
+
+def test_intervals_draw_images():
+    one_image, many = METRIC.accumulator(), METRIC.accumulator()
+    for accumulator, images in ((one_image, np.zeros(50)), (many, np.arange(50))):
+        both = np.arange(50)
+        accumulator.add_counts(
+            intersection=both,
+            union=[50] * 50,
+            predicted=both,
+            no_target_score=[0] * 50,
+            no_target=[False] * 50,
+            image_id=images,
+        )
+    low, high = one_image.intervals(resamples=50)["gIoU"]
+    assert low == high == pytest.approx(49)
+    assert np.subtract(*many.intervals(resamples=50)["gIoU"]) < -10
 
 
 def test_curve_is_drawn(filled, tmp_path):
