@@ -47,6 +47,7 @@ from grefcoco_files import (
     ImageZip,
     Problems,
     find_files,
+    local_images,
     merge_rles,
     open_images,
     read_annotations,
@@ -72,41 +73,24 @@ OBJECT = {
     "iscrowd": Value("bool"),
     "segmentation": RLE,
 }
-IMAGE_FEATURES = Features(
-    {
-        "image": datasets.Image(),
-        "image_id": Value("int64"),
-        "file_name": Value("string"),
-        "width": Value("int32"),
-        "height": Value("int32"),
-        "objects": [OBJECT],
-        "expressions": [
-            {
-                "ref_id": Value("int64"),
-                "sent_id": Value("int64"),
-                "sentence": Value("string"),
-                "raw": Value("string"),
-                "no_target": Value("bool"),
-                "ann_ids": [Value("int64")],
-            }
-        ],
-    }
-)
-EXPRESSION_FEATURES = Features(
-    {
-        **{name: IMAGE_FEATURES[name] for name in ("image", "image_id", "file_name", "width", "height")},
-        "ref_id": Value("int64"),
-        "sent_id": Value("int64"),
-        "sentence": Value("string"),
-        "raw": Value("string"),
-        "no_target": Value("bool"),
-        "ann_ids": [Value("int64")],
-        "category_ids": [Value("int32")],
-        "boxes": [BOX],
-        "masks": [RLE],
-        "mask": RLE,
-    }
-)
+EXPRESSION = {
+    "ref_id": Value("int64"),
+    "sent_id": Value("int64"),
+    "sentence": Value("string"),
+    "raw": Value("string"),
+    "no_target": Value("bool"),
+    "ann_ids": [Value("int64")],
+}
+IMAGE = {
+    "image": datasets.Image(),
+    "image_id": Value("int64"),
+    "file_name": Value("string"),
+    "width": Value("int32"),
+    "height": Value("int32"),
+}
+TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "mask": RLE}
+IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
+EXPRESSION_FEATURES = Features({**IMAGE, **EXPRESSION, **TARGETS})
 
 
 # ---- image rows --------------------------------------------------------------------------------------------------
@@ -145,7 +129,7 @@ def _read_or_note(
     except ValueError as error:
         if not skip_bad_images:
             raise ValueError(
-                f"{source.path}: {error}. Fetch it again, or leave such images out with --skip-bad-images."
+                f"{source.path}: {error}. Fetch it again, or build with --skip-bad-images to leave such images out."
             ) from error
         problems.add("bad image, left out with its sentences", error)
         return None
@@ -289,8 +273,8 @@ def load(
         streaming: Yield rows without preparing anything on disk.
         layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
             image's size, images RGB); "image" those of `IMAGE_FEATURES`, as stored.
-        columns: Columns to keep; others are not read. The expression layout also knows `objects`, the list of all
-            objects of the image.
+        columns: Columns to keep; without `image`, no image is read. The expression layout also knows `objects`, the
+            list of all objects of the image.
 
     Raises:
         ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
@@ -306,7 +290,7 @@ def load(
     )
     if unknown := set(wanted) - set(known):
         raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(known)}.")
-    rows = _load_image_rows(str(source), images, config, split, streaming)
+    rows = _load_image_rows(str(source), images, config, split, streaming, "image" in wanted)
     if isinstance(rows, dict):
         return type(rows)({name: _arrange(part, layout, wanted) for name, part in rows.items()})
     return _arrange(rows, layout, wanted)
@@ -322,36 +306,37 @@ def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.Iter
 
 
 def _load_image_rows(
-    source: str, images: str | Path | None, config: str, split: str | None, streaming: bool
+    source: str, images: str | Path | None, config: str, split: str | None, streaming: bool, pictures: bool
 ) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
     if images is None and os.path.isdir(source) and not os.path.isfile(os.path.join(source, "README.md")):
         find_files(source, config)
         raise ValueError(f"{source} holds genuine annotation files: say where the images are (images=FOLDER_OR_ZIP).")
     if images is None:
-        return datasets.load_dataset(source, config, split=split, streaming=streaming)
+        columns = {} if pictures else {"columns": [name for name in IMAGE_FEATURES if name != "image"]}
+        return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+    place = local_images(str(images))
     builder = Grefcoco(
         config_name=config,
         annotations=os.path.abspath(source),
-        images=str(images),
-        hash=_fingerprint(find_files(source, config), str(images)),
+        images=place,
+        hash=_fingerprint(find_files(source, config), place),
     )
     if streaming:
         return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
     return builder.as_dataset(split=split)
 
 
 def _fingerprint(files: Iterable[Path], images: str) -> str:
     """Changes whenever an input does, so that the cache of `datasets` never serves rows of files that changed."""
-    digest = hashlib.sha256(VERSION.encode())
-    for path in files:
-        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns} ".encode())
+    paths = [*files, Path(images)]
     if os.path.isdir(images):
-        entries = sorted((entry.name, entry.stat()) for entry in os.scandir(images))
-        digest.update(repr([(name, s.st_size, s.st_mtime_ns) for name, s in entries]).encode())
-    elif os.path.exists(images):
-        digest.update(f"{os.stat(images).st_size} {os.stat(images).st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+        paths += sorted(Path(images).iterdir())
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr((VERSION, stamps)).encode()).hexdigest()[:16]
 
 
 def _arrange(
@@ -439,7 +424,8 @@ class _Lookup:
     """Turns the positions in the index of `_unfold` into what they stand for, column by column."""
 
     def __init__(self, images: datasets.Dataset, objects: pa.StructArray):
-        self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        if "image" in images.column_names:
+            self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self.objects = images.select_columns(["objects"])
         self.rles = objects.field("segmentation")
         self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
@@ -502,17 +488,19 @@ def build(
             nothing left to write, or an `out` that is not a former build.
         FileNotFoundError: annotation files or images are not there.
     """
-    out = Path(out)
+    out, images = Path(out), local_images(str(images))
     if out.exists() and not (out / REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no former build; choose another --out or remove it.")
-    open_images(str(images))
+    open_images(images)
     notes = read_annotations(annotations, config)
     _refuse_problems(notes.problems, strict)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # Of this process alone: workers that outlived a killed build may still write to theirs.
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    for abandoned in out.parent.glob(f".{out.name}.partial-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     try:
         (partial / "data").mkdir(parents=True)
-        jobs = _shard_jobs(str(annotations), config, str(images), partial / "data", notes, skip_bad_images)
+        jobs = _shard_jobs(str(annotations), config, images, partial / "data", notes, skip_bad_images)
         report = _write_shards(jobs, notes, num_proc)
         _refuse_problems(Problems(report["problems"]), strict)
         report = {"version": VERSION, "config": config, **report, "sources": _hashes(find_files(annotations, config))}

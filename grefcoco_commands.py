@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_url
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _finish(parser: argparse.ArgumentParser, run: object) -> None:
+def _finish(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     parser.add_argument("--config", default="grefcoco", choices=CONFIGS)
     parser.set_defaults(run=run)
 
@@ -150,14 +152,8 @@ def fetch(url: str, path: Path, digest: str | None = None) -> None:
     if path.exists():
         return
     partial = path.with_name(f"{path.name}.part")
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            if answer.status != 206:
-                have = 0
-            total = have + int(answer.headers["Content-Length"])
-            _copy(answer, partial, have, total)
+        total = _transfer(url, partial)
     except OSError as error:
         raise OSError(f"{url} -> {partial}: {error}. Run again to go on from there.") from error
     if (size := partial.stat().st_size) != total:
@@ -168,7 +164,27 @@ def fetch(url: str, path: Path, digest: str | None = None) -> None:
     partial.replace(path)
 
 
-def _copy(answer: object, partial: Path, have: int, total: int) -> None:
+def _transfer(url: str, partial: Path) -> int:
+    """Append to `partial` what it lacks; returns the size of the whole."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing lies behind what is there
+            return have
+        raise
+    with answer:
+        length = answer.headers["Content-Length"]
+        if length is None:
+            raise OSError("the server does not say how long the file is")
+        if answer.status != 206:
+            have = 0
+        _copy(answer, partial, have, have + int(length))
+        return have + int(length)
+
+
+def _copy(answer: BinaryIO, partial: Path, have: int, total: int) -> None:
     bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None)
     with bar, partial.open("ab" if have else "wb") as file:
         while block := answer.read(1 << 20):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
@@ -372,34 +373,35 @@ class ImageZip:
         return data
 
 
-@functools.lru_cache(maxsize=1)
-def open_images(path: str) -> ImageFolder | ImageZip:
-    """The image source at `path`: a folder, a zip, or `hf://datasets/OWNER/NAME/PATH` for one on the Hub.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: neither a folder nor a zip.
-    """
-    if path.startswith("hf://datasets/"):
-        path = _fetch_from_hub(path)
-    if os.path.isdir(path):
-        return ImageFolder(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{path}: no such images folder or zip. gRefCOCO needs COCO train2014, "
-            "http://images.cocodataset.org/zips/train2014.zip, extracted or not."
-        )
-    return ImageZip(path)
-
-
-def _fetch_from_hub(path: str) -> str:
-    from huggingface_hub import snapshot_download
-
+def local_images(path: str) -> str:
+    """`path` as it is, or, for `hf://datasets/OWNER/NAME/PATH`, where that folder or zip of the Hub was fetched to."""
+    if not path.startswith("hf://datasets/"):
+        return path
     owner, name, *inside = path.removeprefix("hf://datasets/").split("/")
     inner = "/".join(inside)
     patterns = [inner, f"{inner}/*"] if inner else None
     folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns)
     return os.path.join(folder, inner)
+
+
+def open_images(path: str) -> ImageFolder | ImageZip:
+    """The image source at `path`, a folder or a zip; a zip's table of contents is read once until the file changes.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: neither a folder nor a zip.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path}: no such images folder or zip. gRefCOCO needs COCO train2014, "
+            "http://images.cocodataset.org/zips/train2014.zip, extracted or not."
+        )
+    return ImageFolder(path) if os.path.isdir(path) else _open_zip(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_zip(path: str, stamp: int) -> ImageZip:
+    return ImageZip(path)
 
 
 def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:

@@ -251,6 +251,8 @@ def test_bad_images_are_named_or_refused(tmp_path):
     with pytest.raises(ValueError, match="--skip-bad-images"):
         grefcoco.build(source, source / "train2014", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    with pytest.raises(ValueError, match=r"train2014.*\.jpg"):
+        grefcoco.load(source, images=source / "train2014")
     report = grefcoco.build(source, source / "train2014", tmp_path / "out", skip_bad_images=True)
     named = report["problems"]["bad image, left out with its sentences"]
     for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "no JPEG or PNG"]):
@@ -306,6 +308,41 @@ def test_killed_build_leaves_the_old_or_nothing(genuine, tmp_path, former):
     assert not former or json.loads((out / "build.json").read_text()) == before
     grefcoco.build(genuine, images, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_zip_that_was_replaced_is_read_anew(genuine, tmp_path):
+    paths = sorted((genuine / "train2014").iterdir())
+    for order in (paths, paths[::-1]):
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            for path in order:
+                archive.write(path, path.name)
+        grefcoco.build(genuine, tmp_path / "images.zip", tmp_path / "out")
+    assert grefcoco.load(tmp_path / "out", split="val", columns=["sentence"])[0]["sentence"]
+
+
+OLD_LOAD = """
+import json, sys, datasets
+rows = datasets.load_dataset(sys.argv[1], annotations=sys.argv[2], images=sys.argv[3], trust_remote_code=True)
+rows = rows.remove_columns("image")
+print(json.dumps({split: list(part) for split, part in rows.items()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PYTHON_WITH_DATASETS_3" not in os.environ, reason="names a Python that has datasets 3.6")
+def test_loading_script_of_older_datasets_gives_the_same_rows(genuine, built, tmp_path):
+    arguments = [
+        os.environ["PYTHON_WITH_DATASETS_3"],
+        "-c",
+        OLD_LOAD,
+        ROOT / "grefcoco.py",
+        genuine,
+        genuine / "train2014",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
+    done = subprocess.run(list(map(str, arguments)), env=environment, capture_output=True, text=True, check=True)
+    new = {split: rows_of(part) for split, part in grefcoco.load(built, layout="image").items()}
+    assert json.loads(done.stdout.splitlines()[-1]) == new
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.server.asked.append(start)
+        if start >= len(self.server.content):
+            self.send_error(416)
+            return
         body = self.server.content[start:]
         self.send_response(206 if start and self.server.ranges else 200)
         if not self.server.ranges:
@@ -186,6 +189,12 @@ def test_cut_download_goes_on_where_it_stopped(server, tmp_path, ranges):
     assert path.read_bytes() == server.content and server.asked == [0, 40_000]
     commands.fetch(server.url, path)
     assert len(server.asked) == 2 and [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_download_killed_before_its_last_step_is_finished(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(server.content)
+    commands.fetch(server.url, tmp_path / "file", hashlib.sha256(server.content).hexdigest())
+    assert [item.name for item in tmp_path.iterdir()] == ["file"] and server.asked == [128_000]
 
 
 def test_wrong_checksum_is_thrown_away(server, tmp_path):
