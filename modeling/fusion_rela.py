@@ -91,8 +91,9 @@ def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Ten
 def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
     """Instance normalisation without affine of (batch, pixels, channels) over the pixels, in fp32 at least."""
     x = full_precision(x)
-    variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
-    return (x - mean) * (variance + epsilon).rsqrt()
+    x = x - x.mean(dim=1, keepdim=True)
+    variance = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
+    return x * (variance + epsilon).rsqrt()
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:

@@ -125,29 +125,32 @@ def gather_points(
     Returns:
         (batch, queries, heads, channels).
     """
-    batch, pixels, heads, channels = values.shape
-    height, width = (torch.tensor(side, device=values.device)[:, None] for side in zip(*shapes, strict=True))
-    start = (height * width).cumsum(0) - height * width
-    corner = places.detach().floor()
-    inside = places - corner
-    rows, shares = [], []
-    for down in (0, 1):
-        for right in (0, 1):
-            x, y = corner[..., 0].long() + right, corner[..., 1].long() + down
-            visible = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            share = (inside[..., 0] if right else 1 - inside[..., 0]) * (
-                inside[..., 1] if down else 1 - inside[..., 1]
-            )
-            rows.append(torch.where(visible, start + y * width + x, 0))
-            shares.append(torch.where(visible, share * weights, 0))
-    # One embedding bag per query and head: rows of the table are (batch, pixel, head).
-    first = torch.arange(batch, device=values.device)[:, None] * pixels * heads + torch.arange(
-        heads, device=values.device
-    )
-    rows = torch.stack(rows, dim=-1).flatten(3) * heads + first[:, None, :, None]
-    shares = torch.stack(shares, dim=-1).flatten(3)
+    batch, _, heads, channels = values.shape
+    # Each level lies in a ring of zeros: what is outside lands on the ring, and no point has to be masked.
+    levels = zip(values.split([height * width for height, width in shapes], dim=1), shapes, strict=True)
+    rings = [nn.functional.pad(x.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2) for x, shape in levels]
+    # Beyond the ring of the last level, a row for the neighbours of its corner; their share is nothing.
+    table = torch.cat([*rings, values.new_zeros(batch, shapes[-1][1] + 4, heads, channels)], dim=1)
+    stride = [width + 2 for _, width in shapes]
+    start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
+    per_level = torch.tensor([stride, start, *zip(*shapes, strict=True)], device=values.device)[..., None]
+    stride, start, height, width = per_level.expand(-1, -1, places.shape[-2]).flatten(1)  # (levels * points,) each
+    x, y = (place.flatten(3) for place in places.unbind(-1))
+    x, y = (u.clamp(min=torch.full_like(side, -1), max=side) for u, side in ((x, width), (y, height)))
+    left, top = x.detach().floor(), y.detach().floor()
+    # One embedding bag per query and head: rows of the table are (batch, ringed pixel, head).
+    first = torch.arange(batch, device=values.device)[:, None] * table.shape[1] * heads
+    first = (first + torch.arange(heads, device=values.device))[:, None, :, None]
+    corner = (top.long() * stride + left.long() + start) * heads + first  # (batch, queries, heads, levels * points)
+    steps = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
+    right, low = x - left, (y - top) * weights.flatten(3)
+    high = weights.flatten(3) - low
+    shares = torch.stack([high - high * right, high * right, low - low * right, low * right], dim=-2)
     sums = nn.functional.embedding_bag(
-        rows.flatten(0, 2), values.reshape(-1, channels), per_sample_weights=shares.flatten(0, 2), mode="sum"
+        (corner[..., None, :] + steps).flatten(3).flatten(0, 2),
+        table.reshape(-1, channels),
+        per_sample_weights=shares.flatten(3).flatten(0, 2),
+        mode="sum",
     )
     return sums.view(batch, -1, heads, channels)
 

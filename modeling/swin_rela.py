@@ -3,6 +3,8 @@
 Parameter names follow the official Swin release, so that its ImageNet weights load by name.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,17 +55,15 @@ class SwinStage(nn.Module):
     ) -> None:
         super().__init__()
         self.downsample = PatchMerging(before, channels) if before else None
-        self.blocks = nn.ModuleList(
-            SwinBlock(config, channels, heads, shifted=i % 2 == 1, drop_path=rate) for i, rate in enumerate(drop_path)
-        )
+        self.blocks = nn.ModuleList(SwinBlock(config, channels, heads, rate) for rate in drop_path)
         self.window = config.window_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.downsample is None else self.downsample(x)
-        height, width = (side + -side % self.window for side in x.shape[1:3])
-        regions = shift_mask(height, width, self.window, x.device, x.dtype)
-        for block in self.blocks:
-            x = block(x, regions)
+        height, width = x.shape[1:3]
+        cuts = [cut_windows(height, width, self.window, shift, x.device) for shift in (0, self.window // 2)]
+        for i, block in enumerate(self.blocks):
+            x = block(x, cuts[i % 2])
         return x
 
 
@@ -82,17 +82,17 @@ class PatchMerging(nn.Module):
 
 
 class SwinBlock(GradientCheckpointingLayer):
-    def __init__(self, config: RelaConfig, channels: int, heads: int, shifted: bool, drop_path: float) -> None:
+    def __init__(self, config: RelaConfig, channels: int, heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = WindowAttention(config, channels, heads, shifted)
+        self.attn = WindowAttention(config, channels, heads)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-        """(images, height, width, channels) -> the same; `regions` is `shift_mask` of the padded size."""
-        x = x + self._drop(self.attn(self.norm1(x), regions))
+    def forward(self, x: torch.Tensor, cut: "WindowCut") -> torch.Tensor:
+        """(images, height, width, channels) -> the same."""
+        x = x + self._drop(self.attn(self.norm1(x), cut))
         return x + self._drop(self.mlp(self.norm2(x)))
 
     def _drop(self, branch: torch.Tensor) -> torch.Tensor:
@@ -120,40 +120,56 @@ class WindowAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: RelaConfig, channels: int, heads: int, shifted: bool) -> None:
+    def __init__(self, config: RelaConfig, channels: int, heads: int) -> None:
         super().__init__()
         self.config = config
         self.heads = heads
         self.window = config.window_size
-        self.shift = self.window // 2 if shifted else 0
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, heads))
         self.register_buffer("relative_position_index", relative_position_index(self.window), persistent=False)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cut: "WindowCut") -> torch.Tensor:
         """(images, height, width, channels) -> the same."""
-        images, height, width, _ = x.shape
-        # Projecting before padding spares the padded patches; the bias, added after, is what they would have become.
-        qkv = nn.functional.pad(
-            nn.functional.linear(x, self.qkv.weight), (0, 0, 0, -width % self.window, 0, -height % self.window)
-        )
-        qkv = (qkv + self.qkv.bias).roll((-self.shift, -self.shift), dims=(1, 2))
-        rows, columns = qkv.shape[1] // self.window, qkv.shape[2] // self.window
-        windows = qkv.view(images, rows, self.window, columns, self.window, 3, self.heads, -1)
-        # (3, images, windows * heads, patches of a window, channels per head)
-        q, k, v = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
-        out = attend(self, self.config, q, k, v, self._bias(regions, rows * columns).to(q.dtype))
-        out = out.view(images, self.window, self.window, rows, columns, self.heads, -1)
-        out = out.permute(0, 3, 1, 4, 2, 5, 6).reshape(images, rows * self.window, columns * self.window, -1)
-        out = out.roll((self.shift, self.shift), dims=(1, 2))
-        return self.proj(out[:, :height, :width])
+        images, height, width, channels = x.shape
+        patches = x.flatten(1, 2)
+        if len(cut.places) > patches.shape[1]:
+            patches = nn.functional.pad(patches, (0, 0, 0, 1))  # one zero patch is projected for all padding
+        qkv = self.qkv(patches).index_select(1, cut.places)
+        qkv = qkv.view(images, -1, self.window**2, 3, self.heads, channels // self.heads)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        if cut.mask is None:  # every window has the same bias: (1, heads, patches, patches)
+            q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)
+        else:  # windows beside heads, so that images share the biases: (1, windows * heads, patches, patches)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+            bias = (bias + cut.mask[:, None]).flatten(0, 1)
+        out = attend(self, self.config, q, k, v, bias[None].to(q.dtype))
+        if cut.mask is not None:
+            out = out.unflatten(2, (-1, self.heads)).transpose(1, 2)
+        out = out.reshape(images, -1, channels).index_select(1, cut.home)
+        return self.proj(out).view(images, height, width, channels)
 
-    def _bias(self, regions: torch.Tensor, windows: int) -> torch.Tensor:
-        """Logit bias (1, windows * heads, patches, patches)."""
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        bias = bias + regions[:, None] if self.shift else bias.expand(windows, -1, -1, -1)
-        return bias.flatten(0, 1)[None]
+
+class WindowCut(NamedTuple):
+    """How a map of patches is cut into windows."""
+
+    places: torch.Tensor  # (windows * patches of a window,) the patch at each place; beyond the last one is padding
+    home: torch.Tensor  # (height * width,) the place of each patch
+    mask: torch.Tensor | None  # (windows, patches, patches) -100 between what the shift brought together, when shifted
+
+
+def cut_windows(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowCut:
+    """Cut a map of height x width patches, padded at the right and bottom, after a cyclic shift by `shift`."""
+    down, right = -height % window, -width % window
+    rows, columns = (height + down) // window, (width + right) // window
+    patches = torch.arange(height * width, device=device).view(1, height, width)
+    patches = nn.functional.pad(patches, (0, right, 0, down), value=height * width)[0].roll((-shift, -shift), (0, 1))
+    places = patches.view(rows, window, columns, window).transpose(1, 2).flatten()
+    home = torch.arange(len(places), device=device).view(rows, columns, window, window).transpose(1, 2)
+    home = home.reshape(height + down, width + right).roll((shift, shift), (0, 1))[:height, :width].flatten()
+    mask = shift_mask(height + down, width + right, window, device) if shift else None
+    return WindowCut(places, home, mask)
 
 
 def relative_position_index(window: int) -> torch.Tensor:
@@ -164,7 +180,7 @@ def relative_position_index(window: int) -> torch.Tensor:
     return down * (2 * window - 1) + right
 
 
-def shift_mask(height: int, width: int, window: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def shift_mask(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
     """-100 between patches that only the cyclic shift brought into one window: (windows, patches, patches).
 
     `height` and `width` are multiples of `window`, in patches.
@@ -176,4 +192,4 @@ def shift_mask(height: int, width: int, window: int, device: torch.device, dtype
         bands.append((place >= side - window).long() + (place >= side - shift).long())
     region = 3 * bands[0][:, None] + bands[1][None, :]
     region = region.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window**2)
-    return (region[:, None, :] != region[:, :, None]).to(dtype) * -100.0
+    return (region[:, None, :] != region[:, :, None]) * -100.0

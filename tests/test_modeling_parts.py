@@ -57,7 +57,7 @@ def test_deformable_attention_starts_by_looking_around_each_pixel() -> None:
 
 
 def test_windows_separate_what_the_shift_brought_together() -> None:
-    mask = shift_mask(8, 4, 4, torch.device("cpu"), torch.float32)
+    mask = shift_mask(8, 4, 4, torch.device("cpu"))
     assert mask.shape == (2, 16, 16)
     assert (mask == mask.transpose(1, 2)).all()
     assert mask[0].view(4, 4, 4, 4)[0, 0, 3, 1] == 0, "upper window: rows belong together"

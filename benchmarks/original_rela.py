@@ -1,0 +1,134 @@
+"""The original ReLA network, assembled from its own source files without detectron2, fvcore, timm or a compiled op.
+
+Only what those libraries lend to the three files is stood in for; every forward pass is the original's own code.
+"""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+
+class OriginalRela(nn.Module):
+    """Swin-B ReLA as published, parameters named as in its checkpoints.
+
+    Args:
+        source: the original repository's folder.
+
+    Raises:
+        ValueError: when `source` is not it.
+    """
+
+    def __init__(self, source: Path) -> None:
+        super().__init__()
+        if not (source / "gres_model" / "GRES.py").is_file():
+            raise ValueError(f"{source} has no gres_model/GRES.py: name a checkout of the original ReLA repository")
+        swin, pixels, regions = _import_parts(source)
+        channels = {f"res{i + 2}": _Shape(128 * 2**i, 4 * 2**i) for i in range(4)}
+        self.text_encoder = BertModel(BertConfig(), add_pooling_layer=False)
+        self.backbone = swin.MultiModalSwinTransformer(
+            embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window_size=12, drop_path_rate=0.3
+        )
+        self.sem_seg_head = nn.Module()
+        self.sem_seg_head.pixel_decoder = pixels.MSDeformAttnPixelDecoder(
+            channels,
+            transformer_dropout=0.0,
+            transformer_nheads=8,
+            transformer_dim_feedforward=1024,
+            transformer_enc_layers=6,
+            conv_dim=256,
+            mask_dim=256,
+            norm="GN",
+            transformer_in_features=["res3", "res4", "res5"],
+            common_stride=4,
+        )
+        self.sem_seg_head.predictor = regions.MultiScaleMaskedReferringDecoder(
+            in_channels=256,
+            num_classes=1,
+            hidden_dim=256,
+            num_queries=100,
+            nheads=8,
+            dim_feedforward=2048,
+            dec_layers=9,
+            pre_norm=False,
+            mask_dim=256,
+            enforce_input_project=False,
+        )
+
+    def forward(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        text = self.text_encoder(input_ids, attention_mask=attention_mask)[0].permute(0, 2, 1)
+        features = self.backbone(pixel_values, text, attention_mask.unsqueeze(-1))
+        mask_features, _, levels = self.sem_seg_head.pixel_decoder.forward_features(features)
+        return self.sem_seg_head.predictor(levels, mask_features, text)
+
+
+class _Shape:
+    def __init__(self, channels: int, stride: int) -> None:
+        self.channels, self.stride = channels, stride
+
+
+class _Conv2d(nn.Conv2d):
+    """A convolution that owns its norm and its activation, as detectron2's."""
+
+    def __init__(self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int):
+        super().__init__(*args, **kwargs)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class _Registry:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def register(self) -> Callable:
+        return lambda decorated: decorated
+
+
+def _import_parts(source: Path) -> list[types.ModuleType]:
+    nothing = types.SimpleNamespace(c2_xavier_fill=lambda module: None, c2_msra_fill=lambda module: None)
+    registry = _Registry("")
+    for name, content in {
+        "timm.models.layers": {
+            "DropPath": lambda rate: nn.Identity(),
+            "to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x),
+            "trunc_normal_": nn.init.trunc_normal_,
+        },
+        "fvcore.nn": {"weight_init": nothing},
+        "fvcore.nn.weight_init": vars(nothing),
+        "detectron2.config": {"configurable": lambda function: function},
+        "detectron2.layers": {
+            "Conv2d": _Conv2d,
+            "Linear": nn.Linear,
+            "ShapeSpec": _Shape,
+            "get_norm": lambda norm, channels: nn.GroupNorm(32, channels),
+        },
+        "detectron2.modeling": {
+            "BACKBONE_REGISTRY": registry,
+            "SEM_SEG_HEADS_REGISTRY": registry,
+            "Backbone": nn.Module,
+            "ShapeSpec": _Shape,
+        },
+        "detectron2.utils.registry": {"Registry": _Registry},
+        "MultiScaleDeformableAttention": {},
+    }.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        vars(sys.modules[name]).update(content)
+    for name in ("gres_model", "gres_model.modeling"):  # entered without their __init__, which wants the whole library
+        package = types.ModuleType(name)
+        package.__path__ = [str(source.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    files = ("backbone.swin", "pixel_decoder.msdeformattn", "transformer_decoder.referring_transformer_decoder")
+    return [importlib.import_module(f"gres_model.modeling.{name}") for name in files]
