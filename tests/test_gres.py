@@ -174,8 +174,10 @@ def test_resolution():
     accumulator = METRIC.accumulator("propvg")
     accumulator.add(prediction={"mask": pair[0], "no_target": 0}, reference={"mask": pair[2], "no_target": False})
     assert accumulator.rows()["pixels"] == 320 * 320
-    ends, both = METRIC.encode(np.array([[1, 0, 1]])), METRIC.encode(np.array([[1, 1]]))
-    assert score((ends, False, both, False), resolution="original")["gIoU"] == 100  # centres, not corners, are sampled
+    line = np.array([[1, 0, 1]])  # brought to two pixels, by their centres and not their corners, it is full
+    for ends in (line, line.T):
+        full = METRIC.encode(ends[ends > 0].reshape([min(side, 2) for side in ends.shape]))
+        assert score((METRIC.encode(ends), False, full, False), resolution="original")["gIoU"] == 100
     for bad in (0, -1, "480", 2.5):
         with pytest.raises(ValueError, match="resolution"):
             METRIC.accumulator(resolution=bad)
@@ -240,6 +242,8 @@ def test_broken_masks_are_named(fault, side):
     where = "" if "list" in fault else f"the mask of {side} 66 .*"
     with pytest.raises(ValueError, match=where + fault.strip()):
         masks.rle_overlaps(predictions, truths)
+    with pytest.raises(ValueError, match=where + fault.strip()):
+        masks.resize(predictions if side == "prediction" else truths, [[4, 4]] * 70, side)
 
 
 @given(st.text(alphabet=[chr(code) for code in range(48, 112)], max_size=12))
@@ -353,6 +357,8 @@ def test_counts_that_do_not_fit_are_refused(columns, message):
     with pytest.raises(ValueError, match=message):
         accumulator.add_counts(**good | columns)
     assert len(accumulator) == 0
+    accumulator.add_counts(**good | {"num_words": [300]})  # the one column where too much is enough
+    assert accumulator.rows()["num_words"] == 255
 
 
 def test_dense_masks_are_bool_and_alike():

@@ -1,4 +1,4 @@
-"""Per-sentence verdicts on boxes: 22 bytes a sentence, in whatever order and process it came, and their scores."""
+"""Per-sentence verdicts on boxes: 28 bytes a sentence, in whatever order and process it came, and their scores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROW = np.dtype(
         ("sent_id", "<i8"),  # -1: anonymous
         ("image_id", "<i4"),  # -1: unknown
         ("best_score", "<f4"),  # of all predictions, -inf without any
-        ("matched", "<i2"),
-        ("kept", "<i2"),  # predictions at or above the score threshold
-        ("num_targets", "<i2"),
+        ("matched", "<i4"),
+        ("kept", "<i4"),  # predictions at or above the score threshold
+        ("num_targets", "<i4"),
     ]
 )
 REFERENCE_DEFAULTS = {"sent_id": -1, "image_id": -1}
@@ -99,7 +99,7 @@ class GrecAccumulator:
         self._buffer += rows.tobytes()
 
     def state(self) -> np.ndarray:
-        """All rows as bytes, uint8 (n, 22): a small array to send to other processes."""
+        """All rows as bytes, uint8 (n, 28): a small array to send to other processes."""
         return np.frombuffer(bytes(self._buffer), np.uint8).reshape(-1, ROW.itemsize)
 
     def merge(self, state: np.ndarray | torch.Tensor) -> None:
@@ -148,7 +148,7 @@ class GrecAccumulator:
 
     def correct(self, rows: np.ndarray) -> np.ndarray:
         """Whether each sentence is answered rightly: F1 at the threshold, or nothing kept where there is nothing."""
-        truths = np.minimum(rows["num_targets"], 1 if self.only_first else np.iinfo(np.int16).max)
+        truths = np.minimum(rows["num_targets"], 1 if self.only_first else np.iinfo(np.int32).max)
         boxes = rows["kept"].astype(np.int64) + truths
         f1 = np.divide(2.0 * rows["matched"], boxes, out=np.zeros(len(rows)), where=boxes > 0)
         return np.where(rows["num_targets"] == 0, rows["kept"] == 0, f1 >= self.thresh_F1)

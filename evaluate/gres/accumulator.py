@@ -68,7 +68,7 @@ class GresAccumulator:
         if self.resolution is not None:
             original = self.resolution == "original"
             sizes = [truth["size"] if original else [self.resolution] * 2 for truth in truths]
-            masks, truths = resize(masks, sizes), resize(truths, sizes)
+            masks, truths = resize(masks, sizes, "prediction"), resize(truths, sizes, "reference")
         intersection, union, predicted = rle_overlaps(masks, truths)
         self.add_counts(
             intersection=intersection,

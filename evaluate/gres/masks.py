@@ -40,8 +40,10 @@ def foreground(logits: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     return logits[..., 1, :, :] > logits[..., 0, :, :]
 
 
-def resize(rles: Sequence[Rle], sizes: Sequence[Sequence[int]]) -> list[Rle]:
+def resize(rles: Sequence[Rle], sizes: Sequence[Sequence[int]], side: str) -> list[Rle]:
     """Each mask brought to its [height, width] by nearest pixel centre; a mask of that size is untouched."""
+    for start in range(0, len(rles), CHUNK):
+        _read_runs(rles[start : start + CHUNK], side, start)  # refuses what would crash or hang the C code
     return [
         rle if list(rle["size"]) == list(size) else encode(_sample(coco.decode(_as_bytes(rle)), *size))
         for rle, size in zip(rles, sizes)
