@@ -5,7 +5,7 @@ DATA ?= data
 RECIPE ?= recipes/demo.yaml
 OUT ?= runs/demo
 TRAIN_FLAGS ?=
-SCENES_FLAGS ?= --train 2000 --val 150 --testA 150 --testB 150
+SCENES_FLAGS ?= --train 2000 --val 150 --testA 150 --testB 150 --no-target 0.15
 BIN = .venv/bin
 
 .PHONY: demo test lint clean

@@ -32,23 +32,25 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from pyarrow import compute
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertModel, BertTokenizer, HfArgumentParser
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertTokenizer, HfArgumentParser
 
 import grefcoco
 import grefcoco_report as report
 from modeling.configuration_rela import RelaConfig
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaModel
+from modeling.pretrained_rela import load_backbone, load_text_encoder
 from modeling.processing_rela import RelaCollator, RelaProcessor
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "no_target", "ann_ids", "mask", "objects"]
+COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
+LOGGING_STEPS = 50  # steps between records of the loss
 logger = get_logger(__name__)
 
 
@@ -65,7 +67,7 @@ class TrainConfig:
     # data
     dataset: str = option("", "built data set folder or Hub id, as grefcoco.load takes it")
     split: str = option("val", "split that is measured, during training and at the end")
-    max_eval_samples: int | None = option(None, "measure only this many sentences (whole split if unset)")
+    text_column: str = option("sentence", "column with the words: sentence, or raw as published")
     sentences_per_image: int = option(1, "sentences of one image that stay together in a batch and share its decoding")
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
@@ -74,6 +76,7 @@ class TrainConfig:
     tokenizer: str | None = option(
         None, "BERT folder or Hub id for tokeniser and text weights; unset trains a small one"
     )
+    backbone: str | None = option(None, "weights the vision trunk starts from: a file, a folder or a Hub id")
     image_size: int = option(480, "side in pixels of the square that images are squashed to")
     # optimisation
     max_train_steps: int = option(150_000, "optimiser steps")
@@ -94,7 +97,6 @@ class TrainConfig:
     seed: int = option(0, "seed of everything random")
     eval_only: bool = option(False, "measure --checkpoint on --split and stop")
     eval_steps: int = option(5000, "steps between measurements")
-    logging_steps: int = option(50, "steps between records of the loss")
     checkpointing_steps: int = option(5000, "steps between checkpoints to resume from")
     checkpoints_total_limit: int = option(2, "newest checkpoints that are kept")
     resume_from_checkpoint: str | None = option(None, "latest, or a folder under output_dir/checkpoints")
@@ -106,6 +108,7 @@ class TrainConfig:
         choices = {
             "lr_scheduler_type": ("constant", "cosine", "step"),
             "mixed_precision": ("no", "fp16", "bf16"),
+            "text_column": ("sentence", "raw"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -223,7 +226,9 @@ def load_model(
         raise ValueError(f"model: {unknown[0]!r} is not a field of RelaConfig")
     model = RelaModel(RelaConfig(**fields))
     if config.tokenizer:
-        model.text_encoder = BertModel.from_pretrained(config.tokenizer, add_pooling_layer=False)
+        load_text_encoder(model, config.tokenizer)
+    if config.backbone:
+        load_backbone(model, config.backbone)
     image_processor = RelaImageProcessor(size={"height": config.image_size, "width": config.image_size})
     return model, RelaProcessor(image_processor, tokenizer)
 
@@ -286,38 +291,38 @@ class Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
+            # a closed language gate and the category warm-up leave parameters without gradient
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
         self.progress, self.stop_signal = Progress(), None
         self.metric = evaluate.load(str(ROOT / "evaluate" / "gres"))
-        self.rows = grefcoco.load(config.dataset, split=config.split, columns=COLUMNS)
-        if config.max_eval_samples:
-            self.rows = self.rows.select(range(min(config.max_eval_samples, len(self.rows))))
-        train_rows = None if config.eval_only else grefcoco.load(config.dataset, split="train", columns=COLUMNS)
+        self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "objects"])
+        self.train_rows = (
+            None if config.eval_only else grefcoco.load(config.dataset, split="train", columns=[*COLUMNS, "objects"])
+        )
         categories = category_ids(config.dataset, [config.split] if config.eval_only else ["train", config.split])
-        self.model, self.processor = load_model(config, train_rows, len(categories))
-        self.collator = RelaCollator(self.processor, category_ids=categories)
+        self.model, self.processor = load_model(config, self.train_rows, len(categories))
+        self.collator = RelaCollator(self.processor, categories, config.text_column)
         if config.eval_only:
             self.model = self.accelerator.prepare(self.model)
         else:
-            self._prepare_training(train_rows)
+            self._prepare_training()
 
-    def _prepare_training(self, train_rows: Dataset) -> None:
+    def _prepare_training(self) -> None:
         config = self.config
-        self.train_rows = train_rows
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(config.frozen)))
         groups = parameter_groups(self.model, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if config.resume_from_checkpoint:
+            self.resume(config.resume_from_checkpoint)
         self.accelerator.init_trackers("tracker", config=_scalars(dataclasses.asdict(config)))
 
     def train(self) -> None:
         """Train from `progress.step` to `max_train_steps`, measuring, recording and saving along the way."""
-        config = self.config
-        if config.resume_from_checkpoint:
-            self.resume(config.resume_from_checkpoint)
-        progress = self.progress
+        config, progress = self.config, self.progress
         batches = self.batches(progress.step * config.gradient_accumulation_steps)
         bar = tqdm(
             total=config.max_train_steps,
@@ -332,7 +337,7 @@ class Run:
             progress.step += 1
             progress.seconds = time.perf_counter() - started
             bar.update()
-            if progress.step % config.logging_steps == 0 or progress.step == config.max_train_steps:
+            if progress.step % LOGGING_STEPS == 0 or progress.step == config.max_train_steps:
                 loss = torch.stack(losses).mean().item()
                 losses.clear()
                 bar.set_postfix(loss=f"{loss:.3f}")
@@ -361,8 +366,13 @@ class Run:
             self.accelerator.num_processes,
             start,
         )
-        workers = self.config.dataloader_num_workers
-        return DataLoader(self.train_rows, batch_sampler=sampler, collate_fn=self.collator, num_workers=workers)
+        supervised = self.config.category_supervision
+        return DataLoader(
+            self.train_rows if supervised else self.train_rows.remove_columns("objects"),
+            batch_sampler=sampler,
+            collate_fn=self.collator if supervised else RelaCollator(self.processor, (), self.config.text_column),
+            num_workers=self.config.dataloader_num_workers,
+        )
 
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
         """One optimiser step; returns its mean loss. Its random numbers depend on (seed, step, process) alone."""
