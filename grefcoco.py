@@ -308,7 +308,7 @@ def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.Iter
 def _load_image_rows(
     source: str, images: str | Path | None, config: str, split: str | None, streaming: bool, pictures: bool
 ) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
-    if images is None and os.path.isdir(source) and not os.path.isfile(os.path.join(source, "README.md")):
+    if images is None and os.path.isdir(source) and not os.path.isfile(os.path.join(source, REPORT)):
         find_files(source, config)
         raise ValueError(f"{source} holds genuine annotation files: say where the images are (images=FOLDER_OR_ZIP).")
     if images is None:

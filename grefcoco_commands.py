@@ -324,11 +324,13 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _refer(options: argparse.Namespace) -> GRefer:
-    """The index over a source that `check`ed well: genuine files are read with all checks first."""
+    """The index over a source; genuine files go through all checks first."""
     if not os.path.isfile(os.path.join(options.source, REPORT)):
-        notes = read_annotations(options.source, options.config)
-        if damage := notes.problems.lines():
-            print(f"problems in {options.source}: {'; '.join(damage)}", file=sys.stderr)
+        problems = read_annotations(options.source, options.config).problems
+        for line in problems.lines():
+            print(f"problem: {line}", file=sys.stderr)
+        if unusable := [kind for kind in problems if "left out" in kind]:
+            raise ValueError(f"{options.source} has {'; '.join(unusable)}. Build it first, and use what was built.")
     dataset, _, split_by = options.config.partition("_")
     return GRefer(options.source, dataset, split_by or "unc")
 

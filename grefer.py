@@ -37,7 +37,7 @@ class GRefer:
         splitBy: Author of the split: "unc", "google", "umd" or "berkeley".
 
     Raises:
-        FileNotFoundError, ValueError: as `grefcoco_files.read_files`.
+        FileNotFoundError, ValueError: as `grefcoco_files.read_files`; a ref whose annotation is missing.
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc"):
@@ -49,7 +49,12 @@ class GRefer:
         folders = [self.root / name for name in ("images/mscoco/images/train2014", "images/train2014", "train2014")]
         self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[1]))
         self.data = {"dataset": dataset, "refs": refs} | instances
-        self.createIndex()
+        try:
+            self.createIndex()
+        except KeyError as error:
+            raise ValueError(
+                f"{self.root}: a record lacks {error}, or points at an id {error} that none has."
+            ) from error
 
     def createIndex(self) -> None:
         """Make the maps between ids and records, in one pass each."""

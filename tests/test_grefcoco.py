@@ -190,6 +190,23 @@ def test_stream_resumes_exactly_anywhere(built, shuffled):
         assert start + [row["sent_id"] for row in second] == whole
 
 
+def test_workers_of_a_loader_share_the_stream(built):
+    loading = pytest.importorskip("torch.utils.data")
+    stream = grefcoco.load(built, split="train", streaming=True, columns=["sent_id"])
+    mapped = grefcoco.load(built, split="train", columns=["sent_id", "image", "mask"])
+    for rows in (stream, mapped):
+        batches = loading.DataLoader(rows, batch_size=4, num_workers=2, collate_fn=list)
+        seen = [row["sent_id"] for batch in batches for row in batch]
+        assert sorted(seen) == sorted(mapped.with_format(None)["sent_id"])
+
+
+def test_builder_works_in_processes(genuine, built):
+    builder = grefcoco.Grefcoco(annotations=str(genuine), images=str(genuine / "train2014"), hash="processes")
+    builder.download_and_prepare(num_proc=2)
+    stored = datasets.load_dataset(str(built), split="train")
+    assert builder.as_dataset(split="train")["image_id"][:] == stored["image_id"][:]
+
+
 def test_shuffled_shards_change_with_the_epoch(built):
     stream = grefcoco.shuffle_shards(grefcoco.load(built, split="train", streaming=True, columns=["sent_id"]), seed=4)
     epochs = []

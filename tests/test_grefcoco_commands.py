@@ -134,6 +134,15 @@ def test_stats_and_show_leave_pictures(genuine, built, tmp_path, capsys):
     assert run("show", genuine, "--images", genuine / "train2014", "--id", 1, "--out", tmp_path / "no") == 2
 
 
+@pytest.mark.parametrize("command", ["stats", "export"])
+def test_unusable_refs_are_one_error(genuine, tmp_path, capsys, command):
+    refs = json.loads((genuine / "grefs(unc).json").read_text())
+    refs[0]["image_id"] = 5
+    (genuine / "grefs(unc).json").write_text(json.dumps(refs))
+    assert run(command, genuine, "--out", tmp_path / "out") == 2
+    assert "Build it first" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["mdetr", "coco"])
 def test_export_writes_a_file_per_split(built, tmp_path, kind):
     assert run("export", built, "--format", kind, "--out", tmp_path / "json") == 0

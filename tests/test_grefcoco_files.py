@@ -250,6 +250,18 @@ def test_whole_image_with_junk_behind_it_is_kept(genuine, tmp_path):
     assert files.read_image(files.ImageFolder(tmp_path), record()) == data
 
 
+def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.append((name, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(files, "snapshot_download", fetch)
+    assert files.local_images("hf://datasets/me/coco/train2014") == str(tmp_path / "train2014")
+    assert asked == [("me/coco", "dataset", ["train2014", "train2014/*"])] and files.local_images("a.zip") == "a.zip"
+
+
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,14 @@ def test_where_the_original_fails(tiny):
         refer.getMaskByRef()
 
 
+def test_dangling_ids_are_one_error(tiny):
+    refs = json.loads((tiny / "grefs(unc).json").read_text())
+    refs[1]["ann_id"] = [5]
+    write_json(tiny / "grefs(unc).json", refs)
+    with pytest.raises(ValueError, match="id 5"):
+        grefcoco.GRefer(tiny)
+
+
 def test_refs_without_sentences_survive_building(tiny):
     refs = json.loads((tiny / "grefs(unc).json").read_text())
     refs[1]["sentences"] = []

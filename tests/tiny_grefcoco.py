@@ -24,7 +24,10 @@ def write_genuine(folder: Path, num_train: int = 7) -> Path:
     refs.append(ref_record(9000, val_image, "testA", [val_image * 10], ["again in another split"]))
     for image in images:
         picture = np.random.default_rng(image["id"]).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "train2014" / image["file_name"], quality=80)
+        grey = image["id"] % 4 == 0
+        Image.fromarray(picture[..., 0] if grey else picture).save(
+            folder / "train2014" / image["file_name"], quality=80
+        )
     categories = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 3, "name": "car"}]
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
     write_json(folder / "grefs(unc).json", refs)
