@@ -185,7 +185,11 @@ def test_nan_scores_are_dropped():
         ({"boxes": [BOX], "scores": []}, {"boxes": []}, "prediction 0 has 1 boxes and 0 scores"),
         ({"boxes": [BOX[:3]], "scores": [1]}, {"boxes": []}, r"sentence 0 have shape \(1, 3\)"),
         ({"boxes": BOX, "scores": [1]}, {"boxes": []}, r"shape \(4,\)"),
-        ({"boxes": [], "scores": []}, {"boxes": [], "sent": 1}, r"a reference has no \['sent'\]"),
+        (
+            {"boxes": [], "scores": []},
+            {"boxes": [], "sent": 1},
+            "reference 0 has sent: its keys",
+        ),
     ],
 )
 def test_bad_input_is_named(prediction, reference, message):

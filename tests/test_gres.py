@@ -480,11 +480,22 @@ def test_wrapper_and_accumulator_are_one(filled):
     assert whole["gIoU/low"] < whole["gIoU"] < whole["gIoU/high"]
 
 
-def test_misspelt_reference_keys_are_errors():
-    reference = {"mask": FULL, "no_target": False, "num_target": 1}
-    for target in (METRIC, METRIC.accumulator()):
-        with pytest.raises(ValueError, match=r"a reference has no \['num_target'\]"):
-            target.add(prediction={"mask": FULL, "no_target": 0}, reference=reference)
+@pytest.mark.parametrize("target", [METRIC, METRIC.accumulator()], ids=["evaluate", "accumulator"])
+@pytest.mark.parametrize(
+    ("prediction", "reference", "message"),
+    [
+        ({}, {"num_target": 1}, "reference 0 has num_target: its keys can be mask, no_target, sent_id, image_id"),
+        ({"no_target": None}, {}, "prediction 0 lacks no_target"),
+        ({}, {"mask": None}, "reference 0 lacks mask"),
+    ],
+)
+def test_missing_and_misspelt_keys_are_named(target, prediction, reference, message):
+    entries = [{"mask": FULL, "no_target": False} | changes for changes in (prediction, reference)]
+    entries = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
+    with pytest.raises(ValueError, match=message):
+        target.add(prediction=entries[0], reference=entries[1])
+    with pytest.raises(ValueError, match="2 predictions for 1 references"):
+        target.add_batch(predictions=entries[:1] * 2, references=entries[1:])
 
 
 def test_nothing_through_evaluate_scores_nothing():

@@ -22,6 +22,8 @@ ROW = np.dtype(
         ("num_targets", "<i4"),
     ]
 )
+PREDICTION_KEYS = {"boxes", "scores"}
+REFERENCE_KEYS = {"boxes"}
 REFERENCE_DEFAULTS = {"sent_id": -1, "image_id": -1}
 
 
@@ -73,7 +75,7 @@ class GrecAccumulator:
         Raises:
             ValueError: boxes and scores differ in number, or a true box has nan, infinite or exchanged corners.
         """
-        references = [complete(reference) for reference in references]
+        predictions, references = checked(predictions, references)
         boxes, number = join_boxes([prediction["boxes"] for prediction in predictions])
         scores, score_number = join_scores([prediction["scores"] for prediction in predictions])
         truths, num_targets = join_boxes([reference["boxes"] for reference in references])
@@ -202,13 +204,27 @@ class GrecAccumulator:
         return columns | {"correct": self.correct(rows).tolist()}
 
 
-def complete(reference: Mapping) -> dict:
-    """A reference with every optional field filled in; ValueError for a key that no reference has."""
-    if unknown := reference.keys() - REFERENCE_DEFAULTS.keys() - {"boxes"}:
-        raise ValueError(
-            f"a reference has no {sorted(unknown)}: boxes and, optionally, {', '.join(REFERENCE_DEFAULTS)}"
-        )
-    return {**REFERENCE_DEFAULTS, **reference}
+def checked(predictions: Sequence[Mapping], references: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
+    """Both as they should be: predictions with their own keys only, references with every optional one filled in.
+
+    Raises:
+        ValueError: unlike numbers, a key that is missing, or one that no reference has.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    for name, keys, entries in (
+        ("prediction", PREDICTION_KEYS, predictions),
+        ("reference", REFERENCE_KEYS, references),
+    ):
+        for index, entry in enumerate(entries):
+            if not keys <= entry.keys():
+                raise ValueError(f"{name} {index} lacks {', '.join(sorted(keys - entry.keys()))}")
+    for index, reference in enumerate(references):
+        if unknown := reference.keys() - REFERENCE_KEYS - REFERENCE_DEFAULTS.keys():
+            known = ", ".join([*sorted(REFERENCE_KEYS), *REFERENCE_DEFAULTS])
+            raise ValueError(f"reference {index} has {', '.join(sorted(unknown))}: its keys can be {known}")
+    kept = [{key: prediction[key] for key in PREDICTION_KEYS} for prediction in predictions]
+    return kept, [{**REFERENCE_DEFAULTS, **reference} for reference in references]
 
 
 def join_boxes(parts: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray]:
@@ -232,8 +248,6 @@ def _join(arrays: Sequence[np.ndarray], empty: np.ndarray) -> tuple[np.ndarray, 
 def _refuse_bad_input(
     number: np.ndarray, score_number: np.ndarray, truths: np.ndarray, num_targets: np.ndarray
 ) -> None:
-    if len(number) != len(num_targets):
-        raise ValueError(f"{len(number)} predictions for {len(num_targets)} references")
     if (wrong := number != score_number).any():
         index = int(np.argmax(wrong))
         raise ValueError(f"prediction {index} has {number[index]} boxes and {score_number[index]} scores")

@@ -9,7 +9,7 @@ from io import StringIO
 
 import numpy as np
 
-from .accumulator import complete, join_boxes, join_scores
+from .accumulator import checked, join_boxes, join_scores
 from .matching import valid_boxes
 
 BACKENDS = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
@@ -28,7 +28,8 @@ def average_precision(
     """
     if backend not in BACKENDS:
         raise ValueError(f"ap={backend!r} is none of {', '.join(BACKENDS)}")
-    truths, num_truths = join_boxes([complete(reference)["boxes"] for reference in references])
+    predictions, references = checked(predictions, references)
+    truths, num_truths = join_boxes([reference["boxes"] for reference in references])
     boxes, number = join_boxes([prediction["boxes"] for prediction in predictions])
     scores, _ = join_scores([prediction["scores"] for prediction in predictions])
     boxes[~valid_boxes(boxes)] = 0

@@ -16,7 +16,7 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from .accumulator import GrecAccumulator, complete
+from .accumulator import GrecAccumulator, checked
 from .average_precision import average_precision
 from .matching import overlaps
 from .ties import first_of_topk
@@ -85,11 +85,13 @@ class GrecMetric(evaluate.Metric):
 
     def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
         """Buffer sentences; what a reference leaves out is filled in."""
-        super().add_batch(predictions=predictions, references=[complete(reference) for reference in references])
+        predictions, references = checked(predictions, references)
+        super().add_batch(predictions=predictions, references=references)
 
     def add(self, *, prediction: Mapping, reference: Mapping) -> None:
         """Buffer one sentence."""
-        super().add(prediction=prediction, reference=complete(reference))
+        (prediction,), (reference,) = checked([prediction], [reference])
+        super().add(prediction=prediction, reference=reference)
 
     def _compute(
         self,

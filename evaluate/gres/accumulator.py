@@ -29,6 +29,8 @@ ROW = np.dtype(
         ("source", "S16"),
     ]
 )
+PREDICTION_KEYS = {"mask", "no_target"}
+REFERENCE_KEYS = {"mask", "no_target"}
 REFERENCE_DEFAULTS = {"sent_id": -1, "image_id": -1, "source": "", "num_targets": -1, "sentence": ""}
 
 
@@ -62,7 +64,7 @@ class GresAccumulator:
 
     def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
         """Sentences as `{"mask": RLE, "no_target": ...}` dictionaries, as the metric's `compute` takes them."""
-        references = [complete(reference) for reference in references]
+        predictions, references = checked(predictions, references)
         masks = [prediction["mask"] for prediction in predictions]
         truths = [reference["mask"] for reference in references]
         if self.resolution is not None:
@@ -211,17 +213,27 @@ class GresAccumulator:
         return choose_threshold(self.rows(), self.protocol, by)
 
 
-def complete(reference: Mapping) -> dict:
-    """A reference with every optional field filled in.
+def checked(predictions: Sequence[Mapping], references: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
+    """Both as they should be: predictions with their own keys only, references with every optional one filled in.
 
     Raises:
-        ValueError: a key that no reference has.
+        ValueError: unlike numbers, a key that is missing, or one that no reference has.
     """
-    if unknown := reference.keys() - REFERENCE_DEFAULTS.keys() - {"mask", "no_target"}:
-        raise ValueError(
-            f"a reference has no {sorted(unknown)}: mask, no_target and, optionally, {', '.join(REFERENCE_DEFAULTS)}"
-        )
-    return {**REFERENCE_DEFAULTS, **reference}
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    for name, keys, entries in (
+        ("prediction", PREDICTION_KEYS, predictions),
+        ("reference", REFERENCE_KEYS, references),
+    ):
+        for index, entry in enumerate(entries):
+            if not keys <= entry.keys():
+                raise ValueError(f"{name} {index} lacks {', '.join(sorted(keys - entry.keys()))}")
+    for index, reference in enumerate(references):
+        if unknown := reference.keys() - REFERENCE_KEYS - REFERENCE_DEFAULTS.keys():
+            known = ", ".join([*sorted(REFERENCE_KEYS), *REFERENCE_DEFAULTS])
+            raise ValueError(f"reference {index} has {', '.join(sorted(unknown))}: its keys can be {known}")
+    kept = [{key: prediction[key] for key in PREDICTION_KEYS} for prediction in predictions]
+    return kept, [{**REFERENCE_DEFAULTS, **reference} for reference in references]
 
 
 def _value(threshold: float | Threshold | None, rows: np.ndarray) -> float | None:

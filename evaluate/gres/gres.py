@@ -16,7 +16,7 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from .accumulator import GresAccumulator, complete
+from .accumulator import GresAccumulator, checked
 from .analysis import Threshold, plot_curve
 from .masks import encode, foreground
 from .scores import PROTOCOLS
@@ -91,11 +91,13 @@ class GresMetric(evaluate.Metric):
 
     def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
         """Buffer sentences; what a reference leaves out is filled in."""
-        super().add_batch(predictions=predictions, references=[complete(reference) for reference in references])
+        predictions, references = checked(predictions, references)
+        super().add_batch(predictions=predictions, references=references)
 
     def add(self, *, prediction: Mapping, reference: Mapping) -> None:
         """Buffer one sentence."""
-        super().add(prediction=prediction, reference=complete(reference))
+        (prediction,), (reference,) = checked([prediction], [reference])
+        super().add(prediction=prediction, reference=reference)
 
     def _compute(
         self,
