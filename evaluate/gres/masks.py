@@ -76,16 +76,22 @@ def dense_overlaps(
     """
     if not isinstance(predictions, np.ndarray) and predictions.device.type == "cpu":
         predictions, truths = predictions.numpy(), truths.numpy()
-    if isinstance(predictions, np.ndarray):
-        pairs = zip(predictions, truths, strict=True)
-        counts = [(_count(pred & truth), _count(pred), _count(truth)) for pred, truth in pairs]
-        counts = np.array(counts, np.int64).reshape(-1, 3)
-    else:
-        both = (predictions & truths).sum((-2, -1))
-        areas = predictions.sum((-2, -1)), truths.sum((-2, -1))
-        counts = np.stack([count.numpy(force=True) for count in (both, *areas)], axis=1)
-    intersection, predicted, truth = counts.T
+    counts = _count_here if isinstance(predictions, np.ndarray) else _count_on_device
+    intersection, predicted, truth = counts(predictions, truths)
     return intersection, predicted + truth - intersection, predicted
+
+
+def _count_on_device(predictions: torch.Tensor, truths: torch.Tensor) -> np.ndarray:
+    """Intersection, predicted and true area of each pair, int64 (3, n)."""
+    areas = [masks.sum((-2, -1)).numpy(force=True) for masks in (predictions & truths, predictions, truths)]
+    return np.stack(areas)
+
+
+def _count_here(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Intersection, predicted and true area of each pair, int64 (3, n)."""
+    pairs = zip(predictions, truths, strict=True)
+    areas = [(_count(pred & truth), _count(pred), _count(truth)) for pred, truth in pairs]
+    return np.array(areas, np.int64).reshape(-1, 3).T
 
 
 def _count(mask: np.ndarray) -> int:
