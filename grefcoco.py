@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 import string
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -616,7 +617,7 @@ def _count(table: pa.Table, counts: dict[str, int]) -> None:
 def write_card(folder: Path, config: str, report: dict) -> None:
     """README.md: the card of `dataset_card.md` filled with what was built, and the YAML `load_dataset` reads."""
     splits = report["splits"]
-    card = DatasetCard.load(CARD, ignore_metadata_errors=False)
+    card = DatasetCard.load(_card_template())
     infos = datasets.splits.SplitDict()
     for split, counts in splits.items():
         infos.add(datasets.SplitInfo(split, num_bytes=counts["bytes"], num_examples=counts["images"]))
@@ -640,7 +641,10 @@ def write_card(folder: Path, config: str, report: dict) -> None:
     (folder / "README.md").write_text(f"---\n{card.data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 
-CARD = Path(__file__).with_name("dataset_card.md")
+def _card_template() -> Path:
+    """dataset_card.md lies beside this file in a checkout, and under `share` where the package is installed."""
+    beside = Path(__file__).with_name("dataset_card.md")
+    return beside if beside.exists() else Path(sysconfig.get_path("data"), "share", "grefcoco", beside.name)
 
 
 def _replace(partial: Path, out: Path) -> None:
