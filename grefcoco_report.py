@@ -99,6 +99,15 @@ def metrics_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def breakdown_table(groups: dict[str, dict[str, float]]) -> str:
+    """Markdown table of the groups of sentences that the metric's `breakdown` gives."""
+    lines = ["| sentences | number | gIoU | cIoU | answered none |", "|---" * 5 + "|"]
+    for name, row in groups.items():
+        label = name.replace("num_", "").replace("_", " ")
+        lines.append(f"| {label} | {row['samples']} | {row['gIoU']:.2f} | {row['cIoU']:.2f} | {row['rejected']:.3f} |")
+    return "\n".join(lines)
+
+
 def published_rows(split: str, num_sentences: int) -> dict[str, dict[str, float]]:
     """The published numbers of `split` as `metrics_table` takes them; none unless all its sentences were measured."""
     if PUBLISHED_SENTENCES.get(split) != num_sentences:
@@ -112,6 +121,7 @@ def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences:
     split, trained = config["split"], summary["train"]
     rows = {"**this model**": summary["gres"], **summary["baselines"], **published_rows(split, num_sentences)}
     lines = [f"# GRES on {config['dataset']}, split {split}, {num_sentences} sentences", "", metrics_table(rows), ""]
+    lines += ["By kind of sentence:", "", breakdown_table(summary["breakdown"]), ""]
     if trained["steps"]:
         speed = trained["sentences"] / max(trained["seconds"], 1e-9)
         lines += [

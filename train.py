@@ -50,6 +50,7 @@ from modeling.processing_rela import RelaCollator, RelaProcessor
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
+GresAccumulator = evaluate.load(str(ROOT / "evaluate" / "gres")).accumulator
 LOGGING_STEPS = 50  # steps between records of the loss
 logger = get_logger(__name__)
 
@@ -296,7 +297,6 @@ class Run:
         )
         set_seed(config.seed)
         self.progress, self.stop_signal = Progress(), None
-        self.metric = evaluate.load(str(ROOT / "evaluate" / "gres"))
         self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "objects"])
         self.train_rows = (
             None if config.eval_only else grefcoco.load(config.dataset, split="train", columns=[*COLUMNS, "objects"])
@@ -343,7 +343,7 @@ class Run:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 self.record({"loss": loss, "learning_rate": learning_rate(config, progress.step - 1)})
             if progress.step % config.eval_steps == 0 and progress.step < config.max_train_steps:
-                self.record(self.measure()["model"])
+                self.record(self.measure()["model"].compute())
             if progress.step % config.checkpointing_steps == 0 and progress.step < config.max_train_steps:
                 self.save_checkpoint()
         bar.close()
@@ -439,8 +439,8 @@ class Run:
             logger.warning("%s: %s; trying the one before", checkpoint, broken)
 
     @torch.inference_mode()
-    def measure(self, desc: str = "measure") -> dict[str, dict[str, float]]:
-        """GRES metrics of the model and of the baselines on the rows of `split`, at the processed size as published.
+    def measure(self) -> dict[str, GresAccumulator]:
+        """What the model, and an answer of every object, get on the rows of `split`, at the processed size.
 
         Every process measures its own batches; what is kept and gathered is a few numbers per sentence.
         """
@@ -453,8 +453,9 @@ class Run:
         )
         index = self.rows.with_format(None)
         ids, counts = np.asarray(index["sent_id"]), np.array([len(ids) for ids in index["ann_ids"]])
-        model, everything = self.metric.accumulator(), self.metric.accumulator()
-        bar = tqdm(loader, desc=desc, leave=False, disable=not self.accelerator.is_main_process)
+        words = np.array([len(sentence.split()) for sentence in index["sentence"]])
+        model, everything = GresAccumulator(), GresAccumulator()
+        bar = tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process)
         for indices, batch in zip(batches, bar):
             batch = send_to_device(batch, self.accelerator.device)
             labels = batch.pop("labels")
@@ -464,6 +465,7 @@ class Run:
             columns = {
                 "sent_id": ids[indices],
                 "num_targets": counts[indices],
+                "num_words": words[indices],
                 "no_target": labels["no_target"].cpu().numpy(),
             }
             scores = outputs.no_target_logits.float().softmax(-1)[:, 1].cpu().numpy()
@@ -471,15 +473,15 @@ class Run:
             if "categories" in labels:
                 objects = labels["categories"][batch["image_index"]] > 0
                 everything.add_masks(objects, truth, no_target_score=np.zeros(len(truth)), **columns)
-        results = {"model": self._merged(model), "every object": self._merged(everything)}
-        return {name: scores for name, scores in results.items() if scores}
+        found = {"model": model, "every object": everything}
+        for accumulator in found.values():
+            self._merge_processes(accumulator)
+        return {name: accumulator for name, accumulator in found.items() if len(accumulator)}
 
-    def _merged(self, accumulator: object) -> dict[str, float]:
-        """Scores over the sentences of all processes; none when the accumulator is empty everywhere."""
+    def _merge_processes(self, accumulator: GresAccumulator) -> None:
         for rank, state in enumerate(gather_object([accumulator.state()])):
             if rank != self.accelerator.process_index:
                 accumulator.merge(state)
-        return accumulator.compute(expected=self.rows.with_format(None)["sent_id"]) if len(accumulator) else {}
 
     def predict(self, rows: Dataset) -> list[report.Sample]:
         """Answers on a few rows at the images' own sizes, for the picture."""
@@ -504,7 +506,7 @@ class Run:
             for row, answer in zip(rows, answers)
         ]
 
-    def finish(self, results: dict[str, dict[str, float]]) -> None:
+    def finish(self, measured: dict[str, GresAccumulator]) -> None:
         """Write the model under checkpoint/ (after training), metrics.json, the pictures and report.md."""
         if not self.accelerator.is_main_process:
             return
@@ -512,7 +514,14 @@ class Run:
         if not self.config.eval_only:
             self.accelerator.unwrap_model(self.model).save_pretrained(self.output_dir / "checkpoint")
             self.processor.save_pretrained(self.output_dir / "checkpoint")
-        summary = {"gres": results["model"], "train": self._training_summary(), "baselines": baselines(results)}
+        expected = self.rows.with_format(None)["sent_id"]
+        scores = {name: accumulator.compute(expected=expected) for name, accumulator in measured.items()}
+        summary = {
+            "gres": scores["model"],
+            "baselines": {"always empty": always_empty(scores.pop("model")), **scores},
+            "breakdown": measured["model"].breakdown(),
+            "train": self._training_summary(),
+        }
         report.write_text(self.output_dir / "metrics.json", json.dumps(summary, indent=2) + "\n")
         samples = self.predict(pick_rows(self.rows, per_kind=6, seed=self.config.seed))
         report.draw_predictions(samples, self.output_dir / "predictions.png")
@@ -533,11 +542,10 @@ class Run:
         }
 
 
-def baselines(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Scores of answers that read no sentence: always none, and every annotated object."""
-    scores = dict.fromkeys(("cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"), 0.0)
-    empty = {"gIoU": results["model"]["always_empty/gIoU"], "N_acc": 1.0, **scores}
-    return {"always empty": empty, **{name: row for name, row in results.items() if name != "model"}}
+def always_empty(scores: dict[str, float]) -> dict[str, float]:
+    """What answering "none" to every sentence scores, for the set that `scores` are of."""
+    nothing = dict.fromkeys(("cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"), 0.0)
+    return {"gIoU": scores["always_empty/gIoU"], "N_acc": 1.0, **nothing}
 
 
 def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
