@@ -19,7 +19,17 @@ from huggingface_hub import HfApi, hf_hub_url
 from tqdm.auto import tqdm
 
 import grefcoco
-from grefcoco_files import CONFIGS, REPORT, Annotations, Problems, as_list, find_files, read_annotations, targets
+from grefcoco_files import (
+    CONFIGS,
+    REPORT,
+    Annotations,
+    Problems,
+    as_list,
+    find_files,
+    read_annotations,
+    read_report,
+    targets,
+)
 from grefer import GRefer
 
 OFFICIAL_REPO, OFFICIAL_REVISION = "FudanCVL/gRefCOCO", "81eede59b3ac070049f597d023c0ff08d1fb80e9"
@@ -213,7 +223,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_built(source: Path) -> tuple[list[str], dict[str, dict[str, int]], str]:
-    report = json.loads((source / REPORT).read_text(encoding="utf-8"))
+    report = read_report(source)
     damage = []
     for name, digest in tqdm(report["shards"].items(), desc="sha256", disable=None):
         if not (source / name).is_file():

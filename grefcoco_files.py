@@ -129,6 +129,15 @@ def read_files(folder: str | Path, config: str = "grefcoco", compact: bool = Fal
     return refs, instances
 
 
+def read_report(folder: str | Path) -> dict:
+    """The report `grefcoco.build` left in a built folder. Raises ValueError when it is damaged."""
+    path = Path(folder) / REPORT
+    report = _read_json(path)
+    if not isinstance(report, dict) or not {"config", "splits", "problems", "categories", "shards"} <= report.keys():
+        raise ValueError(f"{path} is no build report; build again.")
+    return report
+
+
 def read_annotations(folder: str | Path, config: str = "grefcoco") -> Annotations:
     """Read and check the genuine files of one configuration; the last result is kept until a file changes.
 

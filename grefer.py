@@ -8,7 +8,6 @@ this gives what was meant.
 from __future__ import annotations
 
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.dataset as arrow_dataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_files import REPORT, as_list, merge_rles, read_files, targets, to_rle
+from grefcoco_files import REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
 
 Ids = int | str | Iterable[int] | Iterable[str]
 
@@ -200,7 +199,7 @@ class GRefer:
         return Image.open(io.BytesIO(rows["image"][0].as_py()["bytes"]))
 
     def _read_built(self, config: str) -> tuple[list[dict], dict]:
-        report = json.loads((self.root / REPORT).read_text(encoding="utf-8"))
+        report = read_report(self.root)
         if report["config"] != config:
             raise ValueError(f"{self.root} was built with {report['config']!r}, not {config!r}.")
         columns = ["image_id", "file_name", "width", "height", "objects", "expressions"]

@@ -277,6 +277,17 @@ def test_bad_images_are_named_or_refused(tmp_path):
     assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
 
 
+def test_images_are_not_turned_by_exif(tmp_path):
+    source = write_genuine(tmp_path / "set")
+    path = max((source / "train2014").iterdir())
+    picture = grefcoco.Image.open(path).copy()
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif, quality=95)
+    row = grefcoco.load(source, images=source / "train2014", split="train")[0]
+    assert row["file_name"] == path.name and row["image"].size == (WIDTH, HEIGHT)
+
+
 def test_strict_refuses_what_is_otherwise_reported(tmp_path):
     source = write_genuine(tmp_path / "set")
     instances = json.loads((source / "instances.json").read_text())

@@ -92,6 +92,10 @@ def test_check_knows_whole_from_damaged(genuine, built, capsys):
     assert f"DAMAGED: {shard}" in capsys.readouterr().out
     shard.unlink()
     assert run("check", built) == 1
+    for text in ("{", "{}"):
+        (built / "build.json").write_text(text)
+        assert run("check", built) == 2
+        assert "build.json" in capsys.readouterr().err
 
 
 def test_official_files_are_recognised(genuine, monkeypatch, capsys):
