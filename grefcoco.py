@@ -264,7 +264,7 @@ def load(
 
     Streams decode an image once, then yield all its sentences in a row. They split over nodes and workers by shard
     and resume exactly through `state_dict`/`load_state_dict`, with `shuffle_shards` too (with workers, through
-    torchdata's `StatefulDataLoader`); the buffer of `.shuffle(...)` is not saved: rows are lost and repeated on resume.
+    torchdata's `StatefulDataLoader`); the buffer of `.shuffle(...)` is not saved, which loses and repeats rows.
 
     Args:
         source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
