@@ -62,6 +62,7 @@ __all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefco
 
 VERSION = "1.0.0"
 ROWS_PER_GROUP = 100
+COUNTED = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")  # per split
 
 RLE = {"size": [Value("int32")], "counts": Value("string")}
 BOX = datasets.Sequence(Value("float32"), length=4)
@@ -90,6 +91,8 @@ IMAGE = {
     "height": Value("int32"),
 }
 TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "mask": RLE}
+# Column of an expression row -> field of the objects it lists.
+TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
 IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
 EXPRESSION_FEATURES = Features({**IMAGE, **EXPRESSION, **TARGETS})
 
@@ -286,9 +289,8 @@ def load(
     known = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
     if known is None:
         raise ValueError(f"Unknown layout {layout!r}; choose 'expression' or 'image'.")
-    wanted = (
-        list(columns) if columns is not None else [name for name in known if name != "objects" or layout == "image"]
-    )
+    usual = list(EXPRESSION_FEATURES if layout == "expression" else IMAGE_FEATURES)
+    wanted = usual if columns is None else list(columns)
     if unknown := set(wanted) - set(known):
         raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(known)}.")
     rows = _load_image_rows(str(source), images, config, split, streaming, "image" in wanted)
@@ -360,7 +362,7 @@ def _explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
     by_id = {item["ann_id"]: item for item in objects}
     found = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
     height, width = batch["height"][0], batch["width"][0]
-    rows: dict[str, list] = {name: [] for name in columns}
+    rows: dict[str, list] = {}
     for name in columns:
         if name == "image":
             rows[name] = [decode_image(batch["image"][0])] * len(expressions)
@@ -376,10 +378,6 @@ def _explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
         else:
             rows[name] = [expression[name] for expression in expressions]
     return rows
-
-
-# Column of an expression row -> field of the objects it lists.
-TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
 
 
 def decode_image(stored: dict) -> Image.Image:
@@ -504,7 +502,13 @@ def build(
         jobs = _shard_jobs(str(annotations), config, images, partial / "data", notes, skip_bad_images)
         report = _write_shards(jobs, notes, num_proc)
         _refuse_problems(Problems(report["problems"]), strict)
-        report = {"version": VERSION, "config": config, **report, "sources": _hashes(find_files(annotations, config))}
+        sources = find_files(annotations, config)
+        report = {
+            "version": VERSION,
+            "config": config,
+            **report,
+            "sources": {path.name: sha256(path) for path in sources},
+        }
         write_card(partial, config, report)
         (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _replace(partial, out)
@@ -554,14 +558,12 @@ def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> di
             bar.update(len(job.image_ids))
             problems.merge(found)
             shards[f"data/{Path(job.path).name}"] = digest
-            total = splits.setdefault(job.split, dict.fromkeys(counts, 0))
-            splits[job.split] = {name: total[name] + counts[name] for name in counts}
-    for split in [split for split, counts in splits.items() if not counts["images"]]:
-        del splits[split]
-        for job in jobs:
-            if job.split == split:
-                os.remove(job.path)
-                del shards[f"data/{Path(job.path).name}"]
+            _add_counts(splits.setdefault(job.split, dict.fromkeys(counts, 0)), counts)
+    for job in jobs:
+        if not splits[job.split]["images"]:
+            os.remove(job.path)
+            del shards[f"data/{Path(job.path).name}"]
+    splits = {split: counts for split, counts in splits.items() if counts["images"]}
     if not splits:
         raise ValueError(
             "Nothing is left to build: " + ("; ".join(problems.lines()) or "the refs file is empty") + "."
@@ -588,30 +590,30 @@ def write_shard(job: ShardJob) -> tuple[dict[str, int], str, Problems]:
     """Write one Parquet file; returns its counts, its sha256 and the problems met."""
     notes = read_annotations(job.annotations, job.config)
     problems = Problems()
-    counts = dict.fromkeys(("images", "refs", "expressions", "no_target", "single", "multi", "max_targets"), 0)
-    counts["bytes"] = 0
+    counts = dict.fromkeys((*COUNTED, "bytes"), 0)
     tables = image_tables(notes, job.split, job.image_ids, open_images(job.images), problems, job.skip_bad_images)
     with open(job.path, "wb") as file:
         with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
             for table in tables:
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-                _count(table, counts)
+                _add_counts(counts, _counts(table))
         file.flush()
         os.fsync(file.fileno())
     return counts, sha256(job.path), problems
 
 
-def _count(table: pa.Table, counts: dict[str, int]) -> None:
+def _counts(table: pa.Table) -> dict[str, int]:
     expressions = pc.list_flatten(table["expressions"]).combine_chunks()
-    targets_each = pc.list_value_length(expressions.field("ann_ids")).to_numpy()
-    counts["images"] += table.num_rows
-    counts["refs"] += len(pc.unique(expressions.field("ref_id")))
-    counts["expressions"] += len(expressions)
-    counts["no_target"] += int((targets_each == 0).sum())
-    counts["single"] += int((targets_each == 1).sum())
-    counts["multi"] += int((targets_each > 1).sum())
-    counts["max_targets"] = max(counts["max_targets"], int(targets_each.max()))
-    counts["bytes"] += table.nbytes
+    found = pc.list_value_length(expressions.field("ann_ids")).to_numpy()
+    kinds = ((found == 0).sum(), (found == 1).sum(), (found > 1).sum(), found.max())
+    refs = len(pc.unique(expressions.field("ref_id")))
+    values = map(int, (table.num_rows, refs, len(found), *kinds))
+    return dict(zip(COUNTED, values)) | {"bytes": table.nbytes}
+
+
+def _add_counts(total: dict[str, int], counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        total[name] = max(total[name], count) if name == "max_targets" else total[name] + count
 
 
 def write_card(folder: Path, config: str, report: dict) -> None:
@@ -633,8 +635,7 @@ def write_card(folder: Path, config: str, report: dict) -> None:
     content = int(hashlib.sha256(json.dumps(report["shards"]).encode()).hexdigest()[:8], 16)
     parameters = {"data_files": files, "version": f"{VERSION.rpartition('.')[0]}.{content}"}
     MetadataConfigs({config: parameters}).to_dataset_card_data(card.data)
-    names = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")
-    rows = [" | ".join([split, *(f"{counts[name]:,}" for name in names)]) for split, counts in splits.items()]
+    rows = [" | ".join([split, *(f"{counts[name]:,}" for name in COUNTED)]) for split, counts in splits.items()]
     table = "\n".join(f"| {row} |" for row in rows)
     problems = "\n".join(f"- {line}" for line in Problems(report["problems"]).lines()) or "None was met."
     text = string.Template(card.text).substitute(config=config, splits=table, problems=problems)
@@ -661,19 +662,9 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def stored_image_ids(folder: str | Path, split: str) -> set[int]:
-    """Image ids of a split in a built folder, read without anything else."""
-    paths = (Path(folder) / "data").glob(f"{split}-*.parquet")
-    return set(chain.from_iterable(pq.read_table(path, columns=["image_id"])[0].to_pylist() for path in paths))
-
-
 def _refuse_problems(problems: Problems, strict: bool) -> None:
     if strict and problems:
         raise ValueError("Problems in the files, and --strict was asked for: " + "; ".join(problems.lines()) + ".")
-
-
-def _hashes(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: sha256(path) for path in paths}
 
 
 def sha256(path: str | Path) -> str:

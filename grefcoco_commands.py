@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi, hf_hub_url
 from tqdm.auto import tqdm
 
@@ -37,13 +38,12 @@ OFFICIAL_SHA256 = {
     "grefs(unc).json": "cc37c5ff95373c78a6a3f98b4c7bc67fde387ea8514752a1392db64223eb3366",
     "instances.json": "7f86adb7f4c39db19c7f02a3cc604d17f8016e4c4e8312652d0acc4eae3a2cbd",
 }
-OFFICIAL_COUNTS = {  # images, refs, expressions, none, single, multi, most targets
+OFFICIAL_COUNTS = {  # as in `grefcoco.COUNTED`
     "train": (16_994, 78_930, 209_344, 19_140, 120_624, 69_580, 18),
     "val": (1_501, 4_237, 14_229, 8_905, 0, 5_324, 14),
     "testA": (750, 6_265, 19_200, 4_448, 5_917, 8_835, 16),
     "testB": (750, 4_618, 16_063, 4_673, 5_646, 5_744, 14),
 }
-COUNTED = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")
 COCO_IMAGES = "http://images.cocodataset.org/zips/train2014.zip"
 # The converter of MDETR numbers images and annotations through the splits in this order.
 EXPORT_ORDER = ("testA", "testB", "testC", "testAB", "testBC", "test", "val", "train")
@@ -232,8 +232,13 @@ def _check_built(source: Path) -> tuple[list[str], dict[str, dict[str, int]], st
             damage.append(f"{source / name} is not what was built (sha256 differs); build again.")
     _print_problems(report["problems"])
     if not damage:
-        _print_shared({split: grefcoco.stored_image_ids(source, split) for split in report["splits"]})
+        _print_shared({split: _stored_image_ids(source, split) for split in report["splits"]})
     return damage, report["splits"], report["config"]
+
+
+def _stored_image_ids(source: Path, split: str) -> set[int]:
+    tables = (pq.read_table(path, columns=["image_id"]) for path in (source / "data").glob(f"{split}-*.parquet"))
+    return {image_id for table in tables for image_id in table["image_id"].to_pylist()}
 
 
 def _print_hashes(source: Path, config: str) -> None:
@@ -255,7 +260,7 @@ def _count_genuine(notes: Annotations) -> dict[str, dict[str, int]]:
         refs = [ref for group in groups.values() for ref in group]
         numbers = np.repeat([len(targets(ref)) for ref in refs], [len(ref["sentences"]) for ref in refs])
         kinds = [(numbers == 0).sum(), (numbers == 1).sum(), (numbers > 1).sum(), numbers.max()]
-        splits[split] = dict(zip(COUNTED, map(int, (len(groups), len(refs), len(numbers), *kinds))))
+        splits[split] = dict(zip(grefcoco.COUNTED, map(int, (len(groups), len(refs), len(numbers), *kinds))))
     return splits
 
 
@@ -271,7 +276,7 @@ def _verdict(split: str, counts: dict[str, int], config: str) -> str:
     official = OFFICIAL_COUNTS.get(split) if config == "grefcoco" else None
     if official is None:
         return "no official counts"
-    wrong = [f"{name} {want:,}" for name, want in zip(COUNTED, official) if counts[name] != want]
+    wrong = [f"{name} {want:,}" for name, want in zip(grefcoco.COUNTED, official) if counts[name] != want]
     return f"not the official release ({', '.join(wrong)} there)" if wrong else "as in the official release"
 
 

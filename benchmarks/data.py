@@ -1,6 +1,6 @@
 """The data set against plain ways of doing the same, and against what the machine allows at best.
 
-    python benchmarks/data.py --generator make_grefcoco.py --work DIR [--original grefer.py]
+    python benchmarks/data.py --generator GENERATOR --work DIR [--original grefer.py]
 
 The generator writes data in the genuine format (`--out --images --refs --anns-per-image --jpegs`); --original is
 gRefCOCO's own grefer.py, measured beside where it is given. Every measure runs in a process of its own. Times are
