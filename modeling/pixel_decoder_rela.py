@@ -12,6 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rela import RelaConfig
 
+# Elements of a stride-4 map from which on a CPU decodes the maps of a batch one by one: so many fresh pages of memory
+# cost more than the batch saves.
+LARGE_MAP = 2**20
+
 
 class PixelDecoder(nn.Module):
     """Turns backbone features into mask features and a three-level memory. Meant to run in fp32."""
@@ -38,6 +42,13 @@ class PixelDecoder(nn.Module):
 
         All are (batch, channels, height, width); the mask features have `mask_size` channels at stride 4.
         """
+        fine = features[0]
+        if fine.device.type == "cpu" and len(fine) > 1 and fine[0].numel() >= LARGE_MAP:
+            decoded = [self._decode([x[i : i + 1] for x in features]) for i in range(len(fine))]
+            return torch.cat([masks for masks, _ in decoded]), [torch.cat(x) for x in zip(*(x for _, x in decoded))]
+        return self._decode(features)
+
+    def _decode(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         fine, *coarse = features
         levels = [lateral(x) for lateral, x in zip(self.laterals, reversed(coarse), strict=True)]
         levels = self._attend(levels) if self.layers else _top_down(levels)
@@ -73,7 +84,7 @@ class DeformableLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
         x = self.attention_norm(x + self.attention(x + positions, x, shapes))
-        return self.ffn_norm(x + self.fc2(self.fc1(x).relu()))
+        return self.ffn_norm(x + self.fc2(self.fc1(x).relu_()))
 
 
 class DeformableAttention(nn.Module):
@@ -133,15 +144,16 @@ def gather_points(
     table = torch.cat([*rings, values.new_zeros(batch, shapes[-1][1] + 4, heads, channels)], dim=1)
     stride = [width + 2 for _, width in shapes]
     start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
-    per_level = torch.tensor([stride, start, *zip(*shapes, strict=True)], device=values.device)[..., None]
+    whole = {"device": values.device, "dtype": torch.int32}
+    per_level = torch.tensor([stride, start, *zip(*shapes, strict=True)], **whole)[..., None]
     stride, start, height, width = per_level.expand(-1, -1, places.shape[-2]).flatten(1)  # (levels * points,) each
     x, y = (place.flatten(3) for place in places.unbind(-1))
     x, y = (u.clamp(min=torch.full_like(side, -1), max=side) for u, side in ((x, width), (y, height)))
     left, top = x.detach().floor(), y.detach().floor()
     # One embedding bag per query and head: rows of the table are (batch, ringed pixel, head).
-    first = torch.arange(batch, device=values.device)[:, None] * table.shape[1] * heads
-    first = (first + torch.arange(heads, device=values.device))[:, None, :, None]
-    corner = (top.long() * stride + left.long() + start) * heads + first  # (batch, queries, heads, levels * points)
+    first = torch.arange(batch, **whole)[:, None] * table.shape[1] * heads
+    first = (first + torch.arange(heads, **whole))[:, None, :, None]
+    corner = (top.int() * stride + left.int() + start) * heads + first  # (batch, queries, heads, levels * points)
     steps = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
     right, low = x - left, (y - top) * weights.flatten(3)
     high = weights.flatten(3) - low

@@ -158,3 +158,10 @@ def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
     model = tiny_model()
     output = model(**inputs)
     torch.testing.assert_close(model(**inputs, return_dict=False)[0], output.pred_masks)
+
+
+def test_large_maps_are_decoded_one_by_one_alike(inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(**SWIN)
+    together = model(**inputs).pred_masks
+    monkeypatch.setattr("modeling.pixel_decoder_rela.LARGE_MAP", 1)
+    torch.testing.assert_close(model(**inputs).pred_masks, together, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,189 @@
+"""Speed of ReLA beside the original code and its own plain forms: `python -m benchmarks.model --original FOLDER`.
+
+Swin-B at 480 x 480 with random weights, one thread, processor time, the two sides alternating in one process and their
+outputs compared. Without the original's folder its rows are left out. `--compile` adds torch.compile, which takes
+minutes; on a CUDA machine the rows are throughput, memory and the share of the chip's measured bf16 rate instead.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+from benchmarks.original_rela import OriginalRela
+from modeling.configuration_rela import RelaConfig
+from modeling.convert_rela import convert_state_dict
+from modeling.modeling_rela import RelaModel
+from modeling.pixel_decoder_rela import gather_points, pixel_centres
+
+SIDE, TOKENS, SENTENCES = 480, 20, 14
+GIGAFLOP = {"forward": 262.6, "forward and backward": 771.7}  # Swin-B, one image and one sentence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--original", type=Path, help="checkout of the original ReLA repository")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the best counts")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    original = OriginalRela(options.original).eval() if options.original else None
+    model = RelaModel(RelaConfig()).eval()
+    if original is not None:
+        model.load_state_dict(convert_state_dict(original.state_dict()))
+    with torch.no_grad():
+        if torch.cuda.is_available():
+            measure_gpu(model, options.compile, options.repeats)
+        else:
+            measure_cpu(model, original, options.compile, options.repeats)
+
+
+def measure_cpu(model: RelaModel, original: OriginalRela | None, compiled: bool, repeats: int) -> None:
+    """Print one Markdown row per comparison: what, before, after, ratio, largest difference."""
+    inputs = made_inputs(1, 1)
+
+    def published() -> torch.Tensor:
+        return original(**inputs)["pred_masks"]
+
+    print("| what | before, s | here, s | ratio | difference |\n|---|---|---|---|---|")
+    if original is not None:
+        row(
+            "whole forward, fp32: original / here",
+            lambda: original(**inputs)["pred_masks"],
+            masks(model, inputs),
+            repeats,
+        )
+        row("region decoder: original / here", *region_decoders(original, model, inputs), repeats)
+    row("deformable core: transformers' grid_sample / here", *deformable_cores(), 4 * repeats)
+    row("14 sentences on one image: one by one / together", *shared_image(model), 1)
+    before = published if original is not None else masks(model, inputs)
+    half = half_precision(model)
+    row("bf16, fragile parts fp32: original or fp32 / here", before, masks(half, inputs), repeats)
+    if compiled:
+        row("compiled, fp32: original or eager / here", before, masks(torch.compile(model), inputs), repeats)
+        row("compiled, bf16: original or fp32 / here", before, masks(torch.compile(half), inputs), repeats)
+
+
+def measure_gpu(model: RelaModel, compiled: bool, repeats: int) -> None:
+    """Print throughput, peak memory and share of the measured bf16 rate, of inference and training."""
+    model.cuda()
+    rate = bf16_rate()
+    print(f"measured bf16 rate: {rate / 1e12:.0f} TFLOP/s")
+    print("| what | images/s | peak GiB | share of the rate |\n|---|---|---|---|")
+    kinds = [("eager", model)] + ([("compiled", torch.compile(model))] if compiled else [])
+    for kind, runner in kinds:
+        for work, batch in (("forward", 32), ("forward and backward", 16)):
+            inputs = {name: value.cuda() for name, value in made_inputs(batch, batch).items()}
+            labels = {"masks": torch.zeros(batch, SIDE, SIDE).cuda(), "no_target": torch.zeros(batch).cuda()}
+            labels = labels if work != "forward" else None
+
+            def step(runner: Callable = runner, inputs: dict = inputs, labels: dict | None = labels) -> None:
+                with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(labels is not None):
+                    outputs = runner(**inputs, labels=labels)
+                if labels is not None:
+                    outputs.loss.backward()
+
+            torch.cuda.reset_peak_memory_stats()
+            seconds = cuda_seconds(step, repeats)
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            share = GIGAFLOP[work] * 1e9 * batch / seconds / rate
+            print(f"| {kind} {work}, batch {batch} | {batch / seconds:.1f} | {memory:.1f} | {share:.1%} |")
+
+
+def region_decoders(original: OriginalRela, model: RelaModel, inputs: dict) -> tuple[Callable, Callable]:
+    """Both region decoders on the same memory."""
+    output = model(**inputs, output_hidden_states=True)
+    levels, features, text = list(output.pixel_hidden_states), output.mask_features, output.text_hidden_state
+    words = text.permute(0, 2, 1)
+    return (
+        lambda: original.sem_seg_head.predictor(levels, features, words)["pred_masks"],
+        lambda: model.region_decoder(levels, features, text, inputs["attention_mask"], False)[-1].masks,
+    )
+
+
+def deformable_cores() -> tuple[Callable, Callable]:
+    """Both sampling kernels at the sizes of a 480 x 480 image."""
+    shapes = [(15, 15), (30, 30), (60, 60)]
+    sides = torch.tensor([(width, height) for height, width in shapes])
+    values = torch.randn(1, sum(h * w for h, w in shapes), 8, 32)
+    places = pixel_centres(shapes, values)[:, None, None, None] * sides[:, None] - 0.5
+    places = places + 2 * torch.randn(1, values.shape[1], 8, 3, 4, 2)
+    weights = torch.rand(1, values.shape[1], 8, 3, 4).flatten(3).softmax(-1).unflatten(-1, (3, 4))
+    stock, locations, shapes_tensor = MultiScaleDeformableAttention(), (places + 0.5) / sides[:, None], sides.flip(1)
+    return (
+        lambda: stock(values, shapes_tensor, shapes, None, locations, weights, 64),
+        lambda: gather_points(values, shapes, places, weights).flatten(2),
+    )
+
+
+def shared_image(model: RelaModel) -> tuple[Callable, Callable]:
+    """Fourteen sentences about one image: one call each, or one call."""
+    inputs = made_inputs(1, SENTENCES)
+    texts = [(inputs["input_ids"][i : i + 1], inputs["attention_mask"][i : i + 1]) for i in range(SENTENCES)]
+    together = {**inputs, "image_index": torch.zeros(SENTENCES, dtype=torch.long)}
+    return lambda: torch.cat([model(inputs["pixel_values"], *text).pred_masks for text in texts]), masks(
+        model, together
+    )
+
+
+def half_precision(model: RelaModel) -> RelaModel:
+    """A bf16 copy whose fragile parts stay in fp32, as `from_pretrained(dtype=torch.bfloat16)` gives."""
+    half = RelaModel(model.config).to(torch.bfloat16)
+    for part in (half.text_encoder, half.pixel_decoder, half.region_decoder.heads):
+        part.float()
+    half.load_state_dict(model.state_dict())
+    return half.eval()
+
+
+def made_inputs(images: int, sentences: int) -> dict[str, torch.Tensor]:
+    attention_mask = torch.ones(sentences, TOKENS, dtype=torch.long)
+    attention_mask[:, 12:] = 0
+    return {
+        "pixel_values": torch.randn(images, 3, SIDE, SIDE),
+        "input_ids": torch.randint(1000, 20000, (sentences, TOKENS)),
+        "attention_mask": attention_mask,
+    }
+
+
+def masks(model: RelaModel, inputs: dict) -> Callable[[], torch.Tensor]:
+    return lambda: model(**inputs).pred_masks
+
+
+def row(what: str, before: Callable, after: Callable, repeats: int) -> None:
+    """Alternate the two sides, print the best of each and how far their outputs differ, relative to the largest."""
+    expected, found = before(), after()
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    seconds = [[], []]
+    for _ in range(repeats):
+        for side, function in zip(seconds, (before, after), strict=True):
+            start = time.process_time()
+            function()
+            side.append(time.process_time() - start)
+    slow, fast = map(min, seconds)
+    print(f"| {what} | {slow:.3f} | {fast:.3f} | {slow / fast:.2f} | {difference:.0e} |", flush=True)
+
+
+def bf16_rate(size: int = 8192) -> float:
+    """FLOP/s of a large bf16 matrix product on this GPU."""
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    return 2 * size**3 / cuda_seconds(lambda: a @ a, 20)
+
+
+def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Mean time of a call, after three to warm up."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+if __name__ == "__main__":
+    main()
