@@ -1,0 +1,67 @@
+"""Which words of a sentence name its targets: MDETR teaches each box to point at them.
+
+With spaCy and its small English model installed, they are the nouns at the root of its parse. Without, a rule: the last
+word before the first modifier (a preposition, "wearing", a comma, ...), words for places left out, and likewise in each
+part joined by "and", so long as an article begins it where a modifier came before: "the two PEOPLE on the left and a
+DOG". Where neither finds a noun, the whole sentence.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import cache
+
+Span = tuple[int, int]
+
+_MODIFIER = re.compile(
+    r"in|on|at|of|with|without|by|near|next|to|from|under|over|above|below|behind|beside|between|among|against|inside"
+    r"|outside|around|along|across|that|which|who|whose|where|closest|nearest|farthest|furthest|except|not|but|for|is"
+    r"|are|was|were|has|have|wearing|holding|sitting|standing|facing|looking|riding|walking|carrying|second|third|\W"
+)
+_ARTICLE = re.compile(r"an?|the|all|both|two|three|four|five|his|her|their|any|every|\d+")
+_PLACE = re.compile(r"left|right|top|bottom|middle|cent(er|re)|front|back|far|upper|lower|side|corner|first|last")
+
+
+def root_nouns(sentence: str) -> list[Span]:
+    """The (start, end) character spans of the words that name the targets, at least one unless the sentence is empty."""
+    parse = _parser()
+    spans = nouns_by_rule(sentence) if parse is None else nouns_of_parse(parse(sentence))
+    return spans or ([(0, len(sentence))] if sentence else [])
+
+
+def nouns_by_rule(sentence: str) -> list[Span]:
+    """What the rule above finds."""
+    words = [(match[0].lower(), match.span()) for match in re.finditer(r"[\w'-]+|[^\w\s]", sentence)]
+    followers = [word for word, _ in words[1:]] + [""]
+    nouns, noun, heading = [], None, True
+    for (word, span), follower in zip(words, followers, strict=True):
+        if word in ("and", "&"):
+            nouns.append(noun)
+            noun, heading = None, heading or _ARTICLE.fullmatch(follower) is not None
+        elif _MODIFIER.fullmatch(word):
+            heading = False
+        elif heading and not _ARTICLE.fullmatch(word) and not _PLACE.fullmatch(word):
+            noun = span
+    return [found for found in (*nouns, noun) if found]
+
+
+def nouns_of_parse(doc: "Doc") -> list[Span]:  # noqa: F821 (spaCy's, which need not be installed)
+    """Of each sentence the root, or the subjects of a root that is no noun, with what "and" joins to them."""
+    nouns = []
+    for sentence in doc.sents:
+        root = sentence.root
+        heads = [root] if root.pos_ in _NOUNS else [child for child in root.children if child.dep_.startswith("nsubj")]
+        nouns += [token for head in heads for token in (head, *head.conjuncts) if token.pos_ in _NOUNS]
+    return sorted({(token.idx, token.idx + len(token.text)) for token in nouns})
+
+
+@cache
+def _parser() -> Callable[[str], object] | None:
+    # Not an import statement: code loaded from the Hub would then insist on the package.
+    try:
+        return importlib.import_module("spacy").load("en_core_web_sm")
+    except (ImportError, OSError):
+        return None
+
+
+_NOUNS = {"NOUN", "PROPN", "PRON"}
