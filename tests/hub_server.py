@@ -1,7 +1,7 @@
 """A Hub on loopback: repositories on disk, behind as much of the Hub's HTTP as its real clients ask for.
 
     with Hub(folder, tokens={"hf_me": "me"}) as hub:
-        subprocess.run([...], env=os.environ | hub.environment(home, token="hf_me"))
+        hub.python(home, "-c", "import datasets; datasets.load_dataset('me/scenes')", token="hf_me")
 
 What is binary goes through LFS, and is read with ranges. `hub.fail` breaks chosen requests; `hub.requests` lists them
 all. Clients must not share the process: they read the address when they are imported.
@@ -12,9 +12,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,10 +75,17 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, home: Path, token: str | None) -> dict[str, str]:
-        """What a client's environment must hold to talk to this Hub, with caches of its own under `home`."""
-        variables = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-        return variables | ({"HF_TOKEN": token} if token else {})
+    def python(self, home: Path, *arguments: object, token: str | None, **more: str) -> subprocess.CompletedProcess:
+        """Run a client of this Hub: a fresh process in the folder `home`, with its caches there and `more` variables.
+
+        It does not see the repository unless `more` or the arguments say where that is.
+        """
+        home.mkdir(exist_ok=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        told = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "cache"), **more}
+        told |= {"HF_TOKEN": token} if token else {}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=kept | told, cwd=home, capture_output=True, text=True)
 
     def fail(self, method: str, path: str, times: int = 1, status: int | None = None, after: int = 0) -> None:
         """Break the next `times` requests whose path matches, by an error status or a cut after `after` bytes."""
