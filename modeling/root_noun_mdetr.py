@@ -1,9 +1,9 @@
 """Which words of a sentence name its targets: MDETR teaches each box to point at them.
 
-With spaCy and its small English model installed, they are the nouns at the root of its parse. Without, a rule: the last
-word before the first modifier (a preposition, "wearing", a comma, ...), words for places left out, and likewise in each
-part joined by "and", so long as an article begins it where a modifier came before: "the two PEOPLE on the left and a
-DOG". Where neither finds a noun, the whole sentence.
+With spaCy and its small English model installed, they are the nouns at the root of its parse. Without, a rule: the
+last word before the first modifier (a preposition, "wearing", a comma, ...) that is not a place, and the same in each
+part joined by "and", which has to begin with an article where a modifier came before: "the two PEOPLE on the left and
+a DOG". Where neither finds a noun, the whole sentence.
 """
 
 import importlib
@@ -19,11 +19,13 @@ _MODIFIER = re.compile(
     r"|are|was|were|has|have|wearing|holding|sitting|standing|facing|looking|riding|walking|carrying|second|third|\W"
 )
 _ARTICLE = re.compile(r"an?|the|all|both|two|three|four|five|his|her|their|any|every|\d+")
-_PLACE = re.compile(r"left|right|top|bottom|middle|cent(er|re)|front|back|far|upper|lower|side|corner|first|last")
+_PLACE = re.compile(
+    r"left|right|top|bottom|middle|cent(er|re)|front|back|far|upper|lower|side|corner|first|last|everything|anything|nothing"
+)
 
 
 def root_nouns(sentence: str) -> list[Span]:
-    """The (start, end) character spans of the words that name the targets, at least one unless the sentence is empty."""
+    """The (start, end) character spans of the words that name the targets; none for an empty sentence alone."""
     parse = _parser()
     spans = nouns_by_rule(sentence) if parse is None else nouns_of_parse(parse(sentence))
     return spans or ([(0, len(sentence))] if sentence else [])
@@ -32,7 +34,7 @@ def root_nouns(sentence: str) -> list[Span]:
 def nouns_by_rule(sentence: str) -> list[Span]:
     """What the rule above finds."""
     words = [(match[0].lower(), match.span()) for match in re.finditer(r"[\w'-]+|[^\w\s]", sentence)]
-    followers = [word for word, _ in words[1:]] + [""]
+    followers = [*(word for word, _ in words), ""][1:]
     nouns, noun, heading = [], None, True
     for (word, span), follower in zip(words, followers, strict=True):
         if word in ("and", "&"):
