@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from modeling.configuration_rela import RelaConfig
+from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaModel
-from modeling.processing_rela import RelaCollator
+from modeling.processing_rela import RelaCollator, RelaProcessor
 from tests.tiny_rela import RESNET, SWIN, expression_rows, tiny_config, tiny_processor
 
 BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
@@ -39,7 +42,7 @@ def test_eager_attention_equals_sdpa(inputs: dict, changes: dict) -> None:
 
 
 @pytest.mark.slow
-@BACKBONES
+@pytest.mark.parametrize("changes", [SWIN, RESNET], ids=["swin", "resnet"])
 def test_compiles_without_graph_breaks(inputs: dict, batch: dict, changes: dict) -> None:
     model = tiny_model(**changes)
     torch._dynamo.reset()
@@ -144,14 +147,26 @@ def test_gates_that_open_are_noticed_and_learn(batch: dict) -> None:
     model = tiny_model(**SWIN)
     assert not any(parameter.requires_grad for parameter in model.vision_encoder.gates.parameters())
     weights = model.state_dict()
-    weights["vision_encoder.gates.0.inner.weight"] = torch.ones_like(weights["vision_encoder.gates.0.inner.weight"])
+    weights["vision_encoder.gates.2.inner.weight"] = torch.ones_like(weights["vision_encoder.gates.2.inner.weight"])
     model.load_state_dict(weights)
     assert not model.vision_encoder.gates_closed
     model(**batch).loss.backward()
-    assert model.vision_encoder.gates[0].outer.weight.grad.abs().sum() > 0
+    assert model.vision_encoder.gates[2].outer.weight.grad.abs().sum() > 0
     opened = tiny_model(**{**SWIN, "language_gate": "open"})
     opened(**batch).loss.backward()
     assert all(gate.outer.weight.grad.abs().sum() > 0 for gate in opened.vision_encoder.gates)
+
+
+def test_auto_classes_know_the_model_without_remote_code(inputs: dict, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is RelaConfig
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is RelaProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is RelaImageProcessor
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is RelaModel
+    torch.testing.assert_close(loaded(**inputs).pred_masks, model(**inputs).pred_masks)
 
 
 def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
