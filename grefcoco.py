@@ -40,7 +40,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from tqdm.auto import tqdm
 
-from grefcoco_files import (
+from grefcoco_data.files import (
     CONFIGS,
     REPORT,
     Annotations,
@@ -56,7 +56,7 @@ from grefcoco_files import (
     targets,
     to_rle,
 )
-from grefer import GRefer
+from grefcoco_data.grefer import GRefer
 
 __all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefcoco", "build", "load", "shuffle_shards"]
 
@@ -677,6 +677,6 @@ def sha256(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    from grefcoco_commands import main
+    from grefcoco_data.commands import main
 
     raise SystemExit(main())

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertTokenizer, HfArgumentParser
 
 import grefcoco
-import grefcoco_report as report
+from grefcoco_data import report
 from modeling.configuration_rela import RelaConfig
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaModel

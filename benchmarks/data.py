@@ -31,7 +31,7 @@ from pycocotools import mask as coco_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grefcoco
-import grefcoco_files
+from grefcoco_data import files
 
 SIDE = 480
 FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
@@ -111,13 +111,13 @@ def generate(generator: Path, folder: Path, sizes: dict[str, float]) -> Path:
 
 def read_ours(folder: Path) -> float:
     start = time.process_time()
-    kept = grefcoco_files.read_files(folder)
+    kept = files.read_files(folder)
     return time.process_time() - start if kept else 0.0
 
 
 def read_plain(folder: Path) -> float:
     start, kept = time.process_time(), []
-    for path in grefcoco_files.find_files(folder, "grefcoco"):
+    for path in files.find_files(folder, "grefcoco"):
         with path.open() as file:
             kept.append(json.load(file))
     return time.process_time() - start
@@ -125,16 +125,16 @@ def read_plain(folder: Path) -> float:
 
 def read_bytes(folder: Path) -> float:
     start = time.process_time()
-    kept = [path.read_bytes() for path in grefcoco_files.find_files(folder, "grefcoco")]
+    kept = [path.read_bytes() for path in files.find_files(folder, "grefcoco")]
     return time.process_time() - start if kept else 0.0
 
 
 # ---- Arrow -------------------------------------------------------------------------------------------------------
 
 
-def parsed_input(folder: Path) -> tuple[grefcoco_files.Annotations, list[int]]:
+def parsed_input(folder: Path) -> tuple[files.Annotations, list[int]]:
     """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count."""
-    notes = grefcoco_files.read_annotations(folder)
+    notes = files.read_annotations(folder)
     image_ids = list(notes.splits["train"])[:4_000]
     for image_id in image_ids:
         image = notes.images[image_id]
@@ -158,7 +158,7 @@ class Columns(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, object]]:
         notes, image_ids = self.parsed
-        yield from enumerate(grefcoco.image_tables(notes, "train", image_ids, None, grefcoco_files.Problems()))
+        yield from enumerate(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
 
 
 class Rows(datasets.GeneratorBasedBuilder):
@@ -194,7 +194,7 @@ def _object_row(item: dict) -> dict:
 
 
 def _expression_row(ref: dict, sentence: dict) -> dict:
-    ann_ids = grefcoco_files.targets(ref)
+    ann_ids = files.targets(ref)
     kept = {"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"], "raw": sentence["raw"]}
     return kept | {"sentence": sentence["sent"], "no_target": not ann_ids, "ann_ids": ann_ids}
 
@@ -219,7 +219,7 @@ def build_rows(folder: Path) -> float:
 def copy_table(folder: Path) -> float:
     """Writing the finished table and nothing else."""
     notes, image_ids = parsed_input(folder)
-    tables = list(grefcoco.image_tables(notes, "train", image_ids, None, grefcoco_files.Problems()))
+    tables = list(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
     start = time.process_time()
     with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
         for table in tables:
@@ -262,7 +262,7 @@ def masks_plain(folder: Path) -> float:
 def plain_mask(refer: grefcoco.GRefer, ref: dict) -> np.ndarray:
     image = refer.Imgs[ref["image_id"]]
     total = np.zeros((image["height"], image["width"]), np.uint8)
-    for ann in refer.loadAnns(grefcoco_files.targets(ref)):
+    for ann in refer.loadAnns(files.targets(ref)):
         if not ann["iscrowd"]:
             rles = coco_mask.frPyObjects(ann["segmentation"], image["height"], image["width"])
             total += np.sum(coco_mask.decode(rles), axis=2).astype(np.uint8)
@@ -278,7 +278,7 @@ def masks_limit(folder: Path) -> float:
 
 def _mask_unchecked(refer: grefcoco.GRefer, ref: dict) -> None:
     image = refer.Imgs[ref["image_id"]]
-    anns = [ann for ann in refer.loadAnns(grefcoco_files.targets(ref)) if not ann["iscrowd"]]
+    anns = [ann for ann in refer.loadAnns(files.targets(ref)) if not ann["iscrowd"]]
     if rings := [ring for ann in anns for ring in ann["segmentation"]]:
         coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(rings, image["height"], image["width"])))
 

@@ -14,7 +14,7 @@ import datasets
 import pytest
 
 import grefcoco
-import grefcoco_commands as commands
+from grefcoco_data import commands
 from tests.tiny_grefcoco import write_genuine
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import grefcoco_files as files
+from grefcoco_data import files
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -346,7 +346,8 @@ def test_crowds_count_only_alone():
 FUZZ = """
 import copy, json, random, sys
 from pathlib import Path
-import grefcoco, grefcoco_files as files
+import grefcoco
+from grefcoco_data import files
 
 folder, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 originals = {name: (folder / name).read_bytes() for name in ("grefs(unc).json", "instances.json")}

@@ -30,12 +30,10 @@ def wheel(tmp_path_factory):
 
 def test_top_level_of_the_wheel(wheel):
     top = {name.split("/")[0] for name in wheel.namelist()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {
-        "grefcoco.py",
-        "grefcoco_report.py",
-        "grefcoco_modeling",
-    }
+    code = {name for name in top if not name.endswith((".dist-info", ".data"))}
+    assert code == {"grefcoco.py", "grefcoco_data", "grefcoco_modeling"}
     assert "grefcoco_modeling/modeling_rela.py" in wheel.namelist()
+    assert any(name.endswith(".data/data/share/grefcoco/dataset_card.md") for name in wheel.namelist())
 
 
 def test_metadata_and_extras(wheel):

@@ -18,7 +18,7 @@ import pyarrow.dataset as arrow_dataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_files import REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
+from grefcoco_data.files import REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
 
 Ids = int | str | Iterable[int] | Iterable[str]
 
@@ -36,7 +36,7 @@ class GRefer:
         splitBy: Author of the split: "unc", "google", "umd" or "berkeley".
 
     Raises:
-        FileNotFoundError, ValueError: as `grefcoco_files.read_files`; a ref whose annotation is missing.
+        FileNotFoundError, ValueError: as `files.read_files`; a ref whose annotation is missing.
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc"):

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from tqdm.auto import tqdm
 
 import grefcoco
-from grefcoco_files import (
+from grefcoco_data.files import (
     CONFIGS,
     REPORT,
     Annotations,
@@ -31,7 +31,7 @@ from grefcoco_files import (
     read_report,
     targets,
 )
-from grefer import GRefer
+from grefcoco_data.grefer import GRefer
 
 OFFICIAL_REPO, OFFICIAL_REVISION = "FudanCVL/gRefCOCO", "81eede59b3ac070049f597d023c0ff08d1fb80e9"
 OFFICIAL_SHA256 = {
@@ -293,9 +293,9 @@ def _stats(options: argparse.Namespace) -> int:
         means = [columns[name].mean() if len(columns[name]) else 0.0 for name in ("words", "mask_share")]
         print(f"| {split} | " + " | ".join(f"{n:,}" for n in kinds) + f" | {means[0]:.1f} | {means[1]:.1f} |")
     if options.out:
-        import grefcoco_report
+        from grefcoco_data import report
 
-        grefcoco_report.draw_statistics(numbers, Path(options.out))
+        report.draw_statistics(numbers, Path(options.out))
         print(f"{options.out} shows them")
     return 0
 
@@ -318,7 +318,7 @@ def _share(refer: GRefer, ref: dict) -> float:
 
 
 def _show(options: argparse.Namespace) -> int:
-    import grefcoco_report
+    from grefcoco_data import report
 
     loaded = grefcoco.load(options.source, images=options.images, config=options.config)
     split = options.split or next(iter(loaded))
@@ -333,7 +333,7 @@ def _show(options: argparse.Namespace) -> int:
     indices = list(islice(chosen, options.limit))
     if not indices:
         raise ValueError(f"No sentence of {split} fits; loosen --id and --targets.")
-    page = grefcoco_report.write_samples_page(loaded[split].__getitems__(indices), Path(options.out), split)
+    page = report.write_samples_page(loaded[split].__getitems__(indices), Path(options.out), split)
     print(f"{len(indices)} sentences of {split} in {page}")
     return 0
 

@@ -1,0 +1,1 @@
+"""What `grefcoco.py` is made of: reading the genuine files, the field's own index, the commands, pages and plots."""
