@@ -33,7 +33,7 @@ class MdetrImageProcessor(RelaImageProcessor):
         return_tensors: str | None,
         **kwargs: object,
     ) -> BatchFeature:
-        """pixel_values (images, 3, height, width); pixel_mask (images, height, width), 1 on the image, 0 on padding."""
+        """pixel_values (images, 3, height, width); pixel_mask (images, height, width), 0 on padding, else 1."""
         if do_resize:
             sizes = [resized_size((x.height, x.width), size.shortest_edge, size.longest_edge) for x in images]
             images = [x.resize(inner[::-1], resample) for x, inner in zip(images, sizes, strict=True)]
@@ -52,7 +52,7 @@ def resized_size(original: tuple[int, int], shortest: int, longest: int) -> tupl
     """(height, width) in pixels with the shorter side at `shortest`, unless the longer would then exceed `longest`."""
     short, long = sorted(original)
     if long / short * shortest > longest:
-        shortest = round(longest * short / long)
+        shortest = max(1, round(longest * short / long))
     return tuple(shortest if side == short else int(shortest * side / short) for side in original)
 
 

@@ -18,14 +18,13 @@ class ResNet(nn.Module):
         self.conv1 = FrozenConv(3, config.stem_channels, 7, stride=2)
         before = [config.stem_channels, *config.stage_channels[:3]]
         self.layers = nn.ModuleList(_stage(config, i, before[i]) for i in range(4))
-        self.conv1.requires_grad_(False)
-        self.layers[0].requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) -> (images, channels, height / 32, width / 32), both rounded up."""
-        x = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).relu()
-        x = nn.functional.max_pool2d(x, 3, stride=2, padding=1)
-        for layer in self.layers:
+        with torch.no_grad():  # not `requires_grad`, which does not survive `from_pretrained`
+            x = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).relu()
+            x = self.layers[0](nn.functional.max_pool2d(x, 3, stride=2, padding=1))
+        for layer in self.layers[1:]:
             x = layer(x)
         return x
 

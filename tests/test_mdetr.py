@@ -1,0 +1,290 @@
+"""MdetrModel: what must hold whatever the weights, that it learns, and that transformers treats it as its own."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModel, Trainer, TrainingArguments
+
+from modeling.loss_mdetr import assign, corners, generalized_iou, match
+from modeling.modeling_mdetr import MdetrModel
+from modeling.pixel_decoder_rela import sine_positions as unpadded_positions
+from modeling.processing_mdetr import MdetrCollator
+from modeling.transformer_mdetr import sine_positions
+from tests.tiny_mdetr import expression_rows, tiny_config, tiny_processor
+
+FROZEN = ("backbone.conv1", "backbone.layers.0")
+KEY_BIAS = ("k_proj.bias", "key.bias")
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict:
+    return MdetrCollator(tiny_processor())(expression_rows())
+
+
+@pytest.fixture(scope="module")
+def inputs(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def tiny_model(seed: int = 0, **changes: object) -> MdetrModel:
+    torch.manual_seed(seed)
+    return MdetrModel(tiny_config(**changes)).eval()
+
+
+def test_overfits_four_sentences_until_boxes_are_right(batch: dict) -> None:
+    model = tiny_model().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    rows = expression_rows()
+    results = tiny_processor().post_process_grec(
+        model.eval()(**batch), target_sizes=[(row["height"], row["width"]) for row in rows]
+    )
+    for result, row in zip(results, rows):
+        truth = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in row["boxes"]]).reshape(-1, 4)
+        assert len(result["boxes"]) == len(truth), row["sentence"]
+        overlap = generalized_iou(result["boxes"][:, None], truth[None])
+        assert (overlap.amax(0) > 0.5).all() if len(truth) else overlap.numel() == 0, row["sentence"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"predict_final": True}, {"auxiliary_loss": False, "contrastive_size": 0}])
+def test_every_trained_parameter_learns(batch: dict, changes: dict) -> None:
+    model = tiny_model(**changes).train()
+    labels = {**batch["labels"], "is_final": torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0]])}
+    output = model(**{**batch, "labels": labels})
+    output.loss.backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    assert idle == {name for name, _ in model.named_parameters() if name.startswith(FROZEN)}
+    still = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    # Queries start at zero and have nothing to tell each other yet; one bias for all keys changes no attention.
+    assert [name for name in still if not name.startswith("decoder.0.self_") and not name.endswith(KEY_BIAS)] == []
+    assert ("loss_isfinal" in output.loss_terms) == ("predict_final" in changes)
+    assert ("loss_ce_0" in output.loss_terms) == ("auxiliary_loss" not in changes)
+
+
+def test_weights_of_all_terms_make_the_loss(batch: dict) -> None:
+    output = tiny_model()(**batch)
+    weight = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_contrastive_align": 1, "cardinality_error": 0}
+    total = sum(weight[name.removesuffix("_0")] * term for name, term in output.loss_terms.items())
+    torch.testing.assert_close(output.loss, total)
+
+
+def test_batch_without_any_target_teaches_no_object_alone(batch: dict) -> None:
+    labels = MdetrCollator(tiny_processor())([{**row, "ann_ids": [], "boxes": []} for row in expression_rows()])[
+        "labels"
+    ]
+    assert labels["boxes"].shape == (4, 0, 4)
+    model = tiny_model()
+    output = model(**{**batch, "labels": labels})
+    assert output.loss_terms["loss_bbox"] == output.loss_terms["loss_contrastive_align"] == 0
+    expected = -0.1 * output.logits.log_softmax(-1)[..., -1].sum()
+    torch.testing.assert_close(output.loss_terms["loss_ce"], expected.detach())
+    output.loss.backward()
+    assert model.box_head[4].weight.grad.abs().sum() == 0
+
+
+def test_order_of_targets_and_places_behind_them_change_no_loss(batch: dict) -> None:
+    model, labels = tiny_model(), batch["labels"]
+    swapped = {name: value.flip(1) if value.ndim > 1 else value for name, value in labels.items()}
+    only_two = torch.tensor([0, 0, 1, 0]).bool()
+    shuffled = {
+        name: torch.where(only_two.view(-1, *[1] * (value.ndim - 1)), swapped[name], value)
+        for name, value in labels.items()
+    }
+    shuffled["boxes"] = torch.cat([shuffled["boxes"], torch.full((4, 3, 4), -100.0)], dim=1)
+    shuffled["positive_map"] = torch.cat([shuffled["positive_map"], torch.full((4, 3, 256), -100.0)], dim=1)
+    expected = model(**batch).loss_terms
+    for name, term in model(**{**batch, "labels": shuffled}).loss_terms.items():
+        torch.testing.assert_close(term, expected[name], msg=name)
+
+
+def test_sentences_that_share_an_image_equal_one_by_one(inputs: dict) -> None:
+    model = tiny_model()
+    together = model(**inputs)
+    for b, image in enumerate(inputs["image_index"]):
+        words = int(inputs["attention_mask"][b].sum())
+        alone = model(
+            inputs["pixel_values"][image][None],
+            inputs["input_ids"][b, :words][None],
+            inputs["pixel_mask"][image][None],
+        )
+        for name in ("logits", "pred_boxes", "proj_queries"):
+            torch.testing.assert_close(together[name][b], alone[name][0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"4 sentences.*2 images"):
+        model(**{**inputs, "image_index": None})
+
+
+def test_pixels_on_padding_are_not_looked_at(inputs: dict) -> None:
+    """The trunk's receptive field apart: what the encoder gets from the padded part changes no output."""
+    model = tiny_model()
+    images = {"pixel_values": inputs["pixel_values"][:1], "pixel_mask": inputs["pixel_mask"][:1]}
+    assert not images["pixel_mask"].bool().all(), "the first image is the narrower one"
+    sentence = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+    expected = model(**images, **sentence).logits
+    seen = torch.nn.functional.interpolate(images["pixel_mask"][:, None].float(), (3, 5))
+    model.backbone.register_forward_hook(lambda module, args, x: x + 9 * (1 - seen))
+    torch.testing.assert_close(model(**images, **sentence).logits, expected)
+
+
+def test_positions_without_padding_are_the_usual_ones_and_ignore_it() -> None:
+    torch.testing.assert_close(sine_positions(torch.ones(1, 5, 7).bool(), 16)[0], unpadded_positions(5, 7, 16, None))
+    seen = torch.zeros(1, 6, 9).bool()
+    seen[:, :5, :7] = True
+    padded = sine_positions(seen, 16)[0].unflatten(0, (6, 9))[:5, :7]
+    torch.testing.assert_close(padded.flatten(0, 1), unpadded_positions(5, 7, 16, None))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_assignment_is_the_cheapest(rows: int, columns: int, seed: int) -> None:
+    cost = np.random.default_rng(seed).normal(size=(rows, columns)).round(1)  # with ties
+    ours = cost[assign(cost)].sum()
+    short, long = (cost, columns) if rows <= columns else (cost.T, rows)
+    choices = itertools.permutations(range(long), len(short))
+    assert ours == pytest.approx(min(short[np.arange(len(short)), choice].sum() for choice in map(list, choices)))
+    row, column = assign(cost)
+    assert (np.diff(row) > 0).all() and len(set(column.tolist())) == len(row) == min(rows, columns)
+
+
+def test_generalised_iou_of_known_boxes() -> None:
+    unit, right = torch.tensor([0.0, 0, 1, 1]), torch.tensor([2.0, 0, 3, 1])
+    assert generalized_iou(unit, unit) == 1
+    assert generalized_iou(unit, right) == pytest.approx(-1 / 3)
+    assert generalized_iou(unit, torch.tensor([0, 0, 1, 0.5])) == pytest.approx(0.5)
+    assert corners(torch.tensor([0.5, 0.5, 1, 0.5])).tolist() == [0, 0.25, 1, 0.75]
+
+
+def test_diverged_model_is_one_clear_error(batch: dict) -> None:
+    output = tiny_model()(**batch)
+    with pytest.raises(ValueError, match="sentence 0 is not finite"):
+        match({**output, "pred_boxes": output.pred_boxes * torch.nan}, batch["labels"], tiny_config())
+
+
+def test_eager_attention_equals_sdpa_and_both_drop_attention_weights(inputs: dict) -> None:
+    model = tiny_model()
+    assert model.config._attn_implementation == "sdpa"
+    expected = model(**inputs)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**inputs).logits, expected.logits, atol=1e-5, rtol=1e-4)
+    model.config.dropout = 0.5  # read by attention alone after construction
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits), "not in evaluation"
+    for implementation in ("eager", "sdpa"):
+        model.train().set_attn_implementation(implementation)
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_gradient_checkpointing_changes_no_gradient(batch: dict) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_bfloat16_stays_near(inputs: dict, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        exact = model(**inputs).logits
+        half = MdetrModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(**inputs).logits.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            automatic = model(**inputs).logits.float()
+    assert (half - exact).norm() < 0.1 * exact.norm()
+    assert (automatic - exact).norm() < 0.1 * exact.norm()
+
+
+def test_saved_model_is_equal(inputs: dict, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    again = MdetrModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+SCRIPT = """
+import sys, torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+folder, inputs, outputs = sys.argv[1:]
+for auto in (AutoConfig, AutoImageProcessor, AutoProcessor):
+    auto.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(dict(model(**torch.load(inputs))), outputs)
+"""
+
+
+@pytest.mark.slow
+def test_saved_model_gives_identical_outputs_in_a_fresh_process_elsewhere(inputs: dict, tmp_path: Path) -> None:
+    model, folder = tiny_model(), tmp_path / "saved"
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=elsewhere, check=True)
+    with torch.no_grad():
+        expected = model(**inputs)
+    found = torch.load(tmp_path / "outputs.pt")
+    for name in ("logits", "pred_boxes", "proj_queries", "proj_tokens"):
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks(inputs: dict) -> None:
+    model = tiny_model()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=2,
+        learning_rate=2e-3,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    rows = expression_rows()
+    trainer = Trainer(
+        tiny_model(),
+        arguments,
+        data_collator=MdetrCollator(tiny_processor()),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_processor(),
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[1:3],
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    trainer.save_model(str(tmp_path / "tuned"))
+    assert (tmp_path / "tuned" / "root_noun_mdetr.py").is_file()
+    assert AutoModel.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
