@@ -127,9 +127,9 @@ def convert_state_dict(
         elif ".fusions." in ours or ".projections." in ours:
             converted[ours] = value.reshape(value.shape[:2]) if value.ndim > 2 else value
         else:
-            converted[ours] = value
+            converted[ours] = value.reshape(1) if ours == LANGUAGE_GATE else value
     if language_gate == "published":
-        converted[LANGUAGE_GATE] = torch.zeros(())
+        converted[LANGUAGE_GATE] = torch.zeros(1)
     return converted
 
 

@@ -120,7 +120,7 @@ class RegionLanguage(nn.Module):
         self.project = nn.Linear(config.text_config.hidden_size, config.hidden_size, bias=False)
         self.attention = Attention(config, config.hidden_size, config.num_attention_heads)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(1))  # not a scalar, which FSDP cannot shard
         self.weight, self.masked = config.region_language_weight, config.region_language_mask
 
     def forward(self, query: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

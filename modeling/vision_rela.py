@@ -88,8 +88,8 @@ class VisionEncoder(nn.Module):
         return outputs
 
     def look_at_gates(self) -> None:
-        """Note whether all gates are closed; weights on the meta device are not looked at."""
-        if not any(parameter.is_meta for parameter in self.gates.parameters()):
+        """Note whether all gates are closed; weights that are elsewhere (meta device, sharded away) are not looked at."""
+        if not any(parameter.is_meta or not parameter.numel() for parameter in self.gates.parameters()):
             closed = all(gate.closed for gate in self.gates)
             if closed != self.gates_closed:  # closed gates stay out of the graph, open ones learn
                 self.gates.requires_grad_(not closed)

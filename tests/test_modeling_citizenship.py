@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from modeling.configuration_rela import RelaConfig
@@ -155,6 +157,30 @@ def test_gates_that_open_are_noticed_and_learn(batch: dict) -> None:
     opened = tiny_model(**{**SWIN, "language_gate": "open"})
     opened(**batch).loss.backward()
     assert all(gate.outer.weight.grad.abs().sum() > 0 for gate in opened.vision_encoder.gates)
+
+
+def sharded_step(rank: int, meeting: str, batch: dict, losses: dict) -> None:
+    """One process of two: shard the model, look at the gates again, take the loss and its gradients."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for language_gate in ("published", "open"):
+        model = tiny_model(**{**SWIN, "language_gate": language_gate})
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        loss = model.train().eval()(**batch).loss
+        loss.backward()
+        losses[rank, language_gate] = loss.item()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shards_over_two_processes(batch: dict, tmp_path: Path) -> None:
+    with torch.multiprocessing.Manager() as manager:
+        losses = manager.dict()
+        torch.multiprocessing.spawn(sharded_step, (str(tmp_path / "meeting"), batch, losses), nprocs=2)
+        assert len(losses) == 4
+        for (_, language_gate), loss in losses.items():
+            expected = tiny_model(**{**SWIN, "language_gate": language_gate})(**batch).loss.item()
+            assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_auto_classes_know_the_model_without_remote_code(inputs: dict, tmp_path: Path) -> None:
