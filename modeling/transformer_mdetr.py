@@ -76,7 +76,7 @@ class DropoutAttention(Attention):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(batch, queries, hidden), (batch, keys, hidden) x 2 -> (batch, queries, hidden); `mask` is True on keys to see."""
+        """(batch, queries, hidden), (batch, keys, hidden) x 2 -> (batch, queries, hidden); `mask` False on padding."""
         q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.dropout if self.training else 0.0
