@@ -106,25 +106,25 @@ def _swin_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**renamed, **joined}
 
 
+# detectron2's, then torchvision's ResNet names; the function gives ours.
+_RESNET_RULES: list[tuple[str, Callable[[re.Match], str]]] = [
+    (r"stem\.conv1\.weight", lambda m: "conv1.conv.weight"),
+    (r"stem\.conv1\.norm\.(\w+)", lambda m: f"conv1.norm.{m[1]}"),
+    (r"res(\d)\.(\d+)\.(\w+)\.weight", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv.weight"),
+    (r"res(\d)\.(\d+)\.(\w+\.norm\.\w+)", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}"),
+    (r"conv1\.weight", lambda m: "conv1.conv.weight"),
+    (r"bn1\.(\w+)", lambda m: f"conv1.norm.{m[1]}"),
+    (r"layer(\d)\.(\d+)\.(conv\d)\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.{m[3]}.conv.weight"),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.conv.weight"),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.norm.{m[3]}"),
+]
+
+
 def _resnet_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    rules: list[tuple[str, str | Callable[[re.Match], str]]] = [
-        (r"(?:backbone\.)?stem\.conv1\.weight", "conv1.conv.weight"),
-        (r"(?:backbone\.)?stem\.conv1\.norm\.(\w+)", r"conv1.norm.\1"),
-        (
-            r"(?:backbone\.)?res(\d)\.(\d+)\.(\w+)\.weight",
-            lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv.weight",
-        ),
-        (r"(?:backbone\.)?res(\d)\.(\d+)\.(\w+\.norm\.\w+)", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}"),
-        (r"conv1\.weight", "conv1.conv.weight"),
-        (r"bn1\.(\w+)", r"conv1.norm.\1"),
-        (r"layer(\d)\.(\d+)\.(conv\d)\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.{m[3]}.conv.weight"),
-        (r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
-        (r"layer(\d)\.(\d+)\.downsample\.0\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.conv.weight"),
-        (r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.norm.{m[3]}"),
-    ]
     renamed = {}
     for name, value in found.items():
-        for pattern, replacement in rules:
-            if match := re.fullmatch(pattern, name):
-                renamed[match.expand(replacement) if isinstance(replacement, str) else replacement(match)] = value
+        for pattern, ours in _RESNET_RULES:
+            if match := re.fullmatch(pattern, name.removeprefix("backbone.")):
+                renamed[ours(match)] = value
     return renamed

@@ -30,7 +30,7 @@ class VisionEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in fused)
         self.gates = nn.ModuleList(LanguageGate(channels) for channels in gated)
         self.gates_closed = not gated
-        self.register_load_state_dict_post_hook(lambda module, _: module.look_at_gates())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self,
@@ -88,7 +88,7 @@ class VisionEncoder(nn.Module):
         return outputs
 
     def look_at_gates(self) -> None:
-        """Note whether all gates are closed; weights that are elsewhere (meta device, sharded away) are not looked at."""
+        """Note whether all gates are closed; weights that are elsewhere (meta, sharded away) are not looked at."""
         if not any(parameter.is_meta or not parameter.numel() for parameter in self.gates.parameters()):
             closed = all(gate.closed for gate in self.gates)
             if closed != self.gates_closed:  # closed gates stay out of the graph, open ones learn
@@ -98,6 +98,10 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> "VisionEncoder":
         self.look_at_gates()
         return super().train(mode)
+
+
+def _after_loading(module: VisionEncoder, incompatible_keys: object) -> None:
+    module.look_at_gates()
 
 
 class CategoryHead(nn.Module):

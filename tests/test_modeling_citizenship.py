@@ -1,5 +1,6 @@
 """RelaModel as a transformers citizen: attention, precision, compilation, export, checkpointing, saving."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,12 @@ def test_auto_classes_know_the_model_without_remote_code(inputs: dict, tmp_path:
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is RelaModel
     torch.testing.assert_close(loaded(**inputs).pred_masks, model(**inputs).pred_masks)
+
+
+def test_pickles(inputs: dict) -> None:
+    model = tiny_model(**SWIN)
+    copy = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copy(**inputs).pred_masks, model(**inputs).pred_masks)
 
 
 def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
