@@ -60,8 +60,8 @@ class MdetrProcessor(RelaProcessor):
     ) -> list[dict[str, torch.Tensor]]:
         """The boxes each sentence refers to; none where it refers to nothing.
 
-        A score is the probability that a query is an object at all, times, where the model has that head, that the
-        sentence is finally about it. A score of float32's 0.7 is below the threshold 0.7, as in the GREC metric.
+        A score is the probability that a query is an object at all. A score of float32's 0.7 is below the threshold
+        0.7, as in the GREC metric.
 
         Args:
             outputs: `MdetrOutput` of B sentences.
@@ -69,15 +69,15 @@ class MdetrProcessor(RelaProcessor):
             target_sizes: B (height, width) of the original images in pixels; None leaves boxes relative, 0..1.
 
         Returns:
-            for each sentence {"boxes": (n, 4) xyxy in pixels, "scores": (n,)}, in the order of the queries.
+            for each sentence {"boxes": (n, 4) xyxy in pixels, "scores": (n,)}, in the order of the queries; where the
+            model has that head also "scores_refexp" (n,), scores times the probability that the sentence is finally
+            about the box.
 
         Raises:
             ValueError: when there are not as many sizes as sentences.
         """
         boxes = corners(outputs.pred_boxes.float())
         scores = 1 - outputs.logits.float().softmax(-1)[..., -1]
-        if outputs.pred_isfinal is not None:
-            scores = scores * outputs.pred_isfinal.float().sigmoid()[..., 0]
         if target_sizes is not None:
             sizes = torch.as_tensor(target_sizes, dtype=boxes.dtype, device=boxes.device).reshape(-1, 2)
             if len(sizes) != len(boxes):
@@ -85,8 +85,11 @@ class MdetrProcessor(RelaProcessor):
                     f"{len(sizes)} target_sizes for {len(boxes)} sentences: pass one (height, width) each"
                 )
             boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
+        found = {"boxes": boxes, "scores": scores}
+        if outputs.pred_isfinal is not None:
+            found["scores_refexp"] = scores * outputs.pred_isfinal.float().sigmoid()[..., 0]
         kept = scores.double() >= threshold
-        return [{"boxes": boxes[b][kept[b]], "scores": scores[b][kept[b]]} for b in range(len(boxes))]
+        return [{name: value[b][kept[b]] for name, value in found.items()} for b in range(len(boxes))]
 
 
 class MdetrCollator:

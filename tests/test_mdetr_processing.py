@@ -178,10 +178,11 @@ def test_boxes_in_pixels_at_or_above_the_threshold() -> None:
         processor.post_process_grec(outputs_of([0.9]), target_sizes=[(4, 4), (5, 5)])
 
 
-def test_final_head_weighs_the_scores() -> None:
-    final = torch.tensor([[[0.0], [10.0]]])
-    (result,) = tiny_processor().post_process_grec(outputs_of([0.99, 0.9], pred_isfinal=final))
-    assert result["scores"].tolist() == pytest.approx([0.9], abs=1e-3)
+def test_final_head_gives_a_second_score() -> None:
+    final = torch.tensor([[[0.0], [10.0], [10.0]]])
+    (result,) = tiny_processor().post_process_grec(outputs_of([0.99, 0.2, 0.9], pred_isfinal=final))
+    assert result["scores"].tolist() == pytest.approx([0.99, 0.9])
+    assert result["scores_refexp"].tolist() == pytest.approx([0.495, 0.9], abs=1e-3)
 
 
 def test_configuration_names_what_contradicts() -> None:
