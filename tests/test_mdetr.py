@@ -187,6 +187,25 @@ def test_eager_attention_equals_sdpa_and_both_drop_attention_weights(inputs: dic
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
+def loss_of_half(rank: int, folder: str) -> None:
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    batch = torch.load(f"{folder}/batch.pt")
+    batch["labels"] = {name: value[2 * rank : 2 * rank + 2] for name, value in batch["labels"].items()}
+    half = {name: batch[name][2 * rank : 2 * rank + 2] for name in ("input_ids", "attention_mask", "image_index")}
+    torch.save(tiny_model()(**{**batch, **half}).loss.detach(), f"{folder}/loss{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_mean_loss_of_two_processes_is_that_of_one(batch: dict, tmp_path: Path) -> None:
+    assert batch["labels"]["num_targets"].tolist() == [1, 0, 2, 1], "unequal halves"
+    torch.save(batch, tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(loss_of_half, (str(tmp_path),), nprocs=2)
+    halves = torch.stack([torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)])
+    torch.testing.assert_close(halves.mean(), tiny_model()(**batch).loss.detach())
+
+
 def test_gradient_checkpointing_changes_no_gradient(batch: dict) -> None:
     gradients = []
     for checkpointing in (False, True):

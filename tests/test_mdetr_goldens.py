@@ -129,6 +129,7 @@ def test_every_key_of_the_published_checkpoint_has_a_place() -> None:
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert {name: tuple(value.shape) for name, value in convert_state_dict(state_dict).items()} == ours
     assert model.config.to_diff_dict() == MdetrConfig().to_diff_dict(), "the defaults are the published network"
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 184.8
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:

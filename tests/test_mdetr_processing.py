@@ -178,6 +178,13 @@ def test_boxes_in_pixels_at_or_above_the_threshold() -> None:
         processor.post_process_grec(outputs_of([0.9]), target_sizes=[(4, 4), (5, 5)])
 
 
+def test_threshold_is_not_rounded_to_the_scores_precision() -> None:
+    processor, outputs = tiny_processor(), outputs_of([0.7])
+    score = processor.post_process_grec(outputs, threshold=0.0)[0]["scores"].item()
+    assert len(processor.post_process_grec(outputs, threshold=score)[0]["boxes"]) == 1
+    assert len(processor.post_process_grec(outputs, threshold=score + 1e-9)[0]["boxes"]) == 0
+
+
 def test_final_head_gives_a_second_score() -> None:
     final = torch.tensor([[[0.0], [10.0], [10.0]]])
     (result,) = tiny_processor().post_process_grec(outputs_of([0.99, 0.2, 0.9], pred_isfinal=final))
