@@ -83,6 +83,7 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"]).set(
     block_title_text_color="*body_text_color",
     block_title_text_color_dark="*body_text_color",
 )
+LOOK = {"css": CSS, "theme": THEME, "footer_links": []}  # arguments of `launch`
 NOTHING_YET = '<p class="empty">Choose a picture, write a sentence or a few, and press Find.</p>'
 
 
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"demo/app.py: --model {options.model}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    make_page(segment).launch(server_port=options.port, css=CSS, theme=THEME, footer_links=[])
+    make_page(segment).launch(server_port=options.port, **LOOK)
     return 0
 
 

@@ -81,11 +81,14 @@ class Hub:
         It does not see the repository unless `more` or the arguments say where that is.
         """
         home.mkdir(exist_ok=True)
+        command, variables = [sys.executable, *map(str, arguments)], self.environment(home, token) | more
+        return subprocess.run(command, env=variables, cwd=home, capture_output=True, text=True)
+
+    def environment(self, home: Path, token: str | None) -> dict[str, str]:
+        """This process's environment, as a client must have it to talk to this Hub with caches under `home`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        told = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "cache"), **more}
-        told |= {"HF_TOKEN": token} if token else {}
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=kept | told, cwd=home, capture_output=True, text=True)
+        told = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "cache")}
+        return kept | told | ({"HF_TOKEN": token} if token else {})
 
     def fail(self, method: str, path: str, times: int = 1, status: int | None = None, after: int = 0) -> None:
         """Break the next `times` requests whose path matches, by an error status or a cut after `after` bytes."""

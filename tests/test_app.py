@@ -1,0 +1,285 @@
+"""The page of demo/app.py: its parts, the whole in a browser, and as a Space."""
+
+import base64
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from modeling.modeling_rela import RelaModel
+from modeling.processing_rela import RelaCollator
+from tests.hub_server import Hub
+from tests.tiny_rela import BETTER_LOSS, expression_rows, tiny_config, tiny_processor
+
+gr = pytest.importorskip("gradio")
+from demo import app  # noqa: E402 (it needs gradio)
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium")
+SCENE = expression_rows()[0]["image"]  # a red square at x 4..24, y 8..28; a blue one at x 36..56, y 30..50
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows four sentences by heart, after two seconds."""
+    torch.manual_seed(0)
+    model, processor = RelaModel(tiny_config(**BETTER_LOSS)), tiny_processor()
+    batch, optimizer = RelaCollator(processor)(expression_rows()), torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(60):
+        loss = model.train()(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+class Counted:
+    """A pipeline that counts its runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.segment, self.runs = pipeline("referring-segmentation", str(folder), trust_remote_code=True), 0
+
+    def __call__(self, picture: Image.Image, text: list[str]) -> list[dict]:
+        self.runs += 1
+        return self.segment(picture, text=text)
+
+
+@pytest.fixture(scope="module")
+def segment(checkpoint: Path) -> Counted:
+    return Counted(checkpoint)
+
+
+def test_overlay_marks_the_mask_alone() -> None:
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[30:50, 36:56] = True
+    before, after = np.asarray(SCENE, float), np.asarray(app.overlay(SCENE, mask, (213, 94, 0)), float)
+    far = ~app.grow(mask, 2)
+    assert (after[far].mean(1) < before[far].mean(1)).all(), "what is not meant is dimmed"
+    assert np.abs(after[mask] - (0.6 * before[mask] + 0.4 * np.array([213, 94, 0]))).max() < 1
+    assert (after[app.grow(mask, 1) & ~mask] == (213, 94, 0)).all()
+    assert app.grow(mask, 1).sum() == 22 * 22 and not app.grow(np.zeros((5, 5), dtype=bool), 1).any()
+
+
+def test_threshold_alone_turns_the_verdict() -> None:
+    answers = [app.Answer("<b>it</b>", "marked", "plain", 0.25, 0.4, (1, 2, 3))]
+    found, none = app.show(answers, 0.5), app.show(answers, 0.3)
+    assert "Found" in found and 'src="marked"' in found and "25.0% of the picture" in found
+    assert "None here" in none and 'src="plain"' in none and "marked" not in none
+    assert "&lt;b&gt;it&lt;/b&gt;" in found and "<b>it" not in found
+    assert "Found" in app.show(answers, 0.4), "none is what is above the threshold, as for the processor"
+
+
+def test_asking_runs_the_model_once_on_a_picture_of_bounded_size(segment: Counted) -> None:
+    runs = segment.runs
+    answers = app.ask(segment, SCENE.resize((3000, 1500)), " the blue square \n\nthe green square\n")
+    assert segment.runs == runs + 1 and [answer.sentence for answer in answers] == [
+        "the blue square",
+        "the green square",
+    ]
+    assert picture_of(answers[0].marked).size == (1024, 512)
+    assert answers[0].plain == answers[1].plain and answers[0].colour != answers[1].colour
+
+
+@pytest.mark.parametrize(
+    ("picture", "lines", "title"),
+    [(None, "it", "No picture"), (SCENE, " \n", "No sentence"), (SCENE, "it\n" * 13, "Too many sentences")],
+)
+def test_what_cannot_be_asked_is_said(segment: Counted, picture: Image.Image | None, lines: str, title: str) -> None:
+    with pytest.raises(gr.Error) as error:
+        app.ask(segment, picture, lines)
+    assert error.value.title == title
+
+
+def test_examples_have_one_target_several_and_none() -> None:
+    for index in app.EXAMPLES:
+        scene, lines = app.example(index)
+        assert scene.size == (256, 256) and len(lines.splitlines()) == 3
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert app.main(["--model", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and str(tmp_path) in line
+
+
+# ---------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(segment: Counted) -> Iterator[str]:
+    page = app.make_page(segment)
+    yield page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LOOK)[1]
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def tab(browser: object, address: str) -> Iterator[object]:
+    tab = browser.new_page()
+    tab.set_default_timeout(20_000)
+    hosts, errors = set(), []
+    tab.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    tab.on("pageerror", lambda error: errors.append(error))  # playwright sets attributes on what it calls
+    tab.goto(address)
+    tab.wait_for_selector("#find")
+    yield tab
+    tab.close()
+    assert hosts <= {"127.0.0.1", "localhost", None} and not errors, "the page needs nothing from elsewhere"
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    SCENE.save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+def upload(tab: object, path: Path) -> None:
+    tab.set_input_files("#picture input[type=file]", str(path))
+    tab.wait_for_selector("#picture img")
+
+
+def ask_for(tab: object, *sentences: str) -> list[str]:
+    """Type and press Find; returns the sources of the pictures that come."""
+    tab.fill("#sentences textarea", "\n".join(sentences))
+    tab.click("#find")
+    tab.wait_for_function("text => document.querySelector('#result')?.innerText.includes(text)", arg=sentences[-1])
+    return [image.get_attribute("src") for image in tab.query_selector_all(".card img")]
+
+
+def picture_of(url: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_page_marks_what_is_meant_and_rejects_what_is_not_there(tab: object, scene: Path) -> None:
+    upload(tab, scene)
+    marked, plain = ask_for(tab, "the blue square", "the green square")
+    verdicts = [verdict.inner_text() for verdict in tab.query_selector_all(".verdict")]
+    assert verdicts[0].startswith("Found, 9.8%") and verdicts[1] == "None here"  # 20 * 20 of 64 * 64 pixels
+    pixels = np.asarray(picture_of(marked), float)
+    inside, outside = pixels[34:46, 40:52].mean((0, 1)), pixels[12:24, 8:20].mean((0, 1))
+    assert inside[0] > 80 > outside[1], "the blue square is tinted, the red one dimmed"
+    assert np.abs(np.asarray(picture_of(plain), float) - np.asarray(SCENE)).mean() < 6
+    assert ask_for(tab, "the red square")[0] != marked
+
+
+def test_threshold_judges_again_without_the_model(tab: object, scene: Path, segment: Counted) -> None:
+    upload(tab, scene)
+    ask_for(tab, "the blue square", "the green square")
+    runs = segment.runs
+    slider = tab.locator("#threshold input[type=range]")
+    for key, verdicts in (("Home", (0, 2)), ("End", (2, 0))):
+        slider.press(key)
+        tab.wait_for_function(
+            "([found, none]) => document.querySelectorAll('.card.found').length === found"
+            " && document.querySelectorAll('.card.none').length === none",
+            arg=verdicts,
+        )
+    assert segment.runs == runs
+
+
+def test_a_file_that_is_no_picture_is_said_kindly(tab: object, scene: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.png").write_text("Dear page, I am no picture.")
+    tab.set_input_files("#picture input[type=file]", str(tmp_path / "letter.png"))
+    tab.fill("#sentences textarea", "the blue square")
+    tab.click("#find")
+    tab.get_by_text("letter.png cannot be read as a picture").wait_for()
+    assert not tab.query_selector_all(".card")
+    tab.reload()
+    upload(tab, scene)
+    assert ask_for(tab, "the blue square"), "the page goes on working"
+
+
+def test_page_works_by_keyboard_alone(tab: object) -> None:
+    tab.locator("#examples button").first.focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(".card")
+    assert len(tab.query_selector_all(".card")) == 3
+    order = []
+    for _ in range(12):
+        tab.keyboard.press("Tab")
+        order.append(tab.evaluate("document.activeElement.closest('[id]')?.id"))
+    assert [name for name in order if name in ("sentences", "find", "threshold")][:2] == ["sentences", "find"]
+    tab.locator("#sentences textarea").focus()
+    tab.keyboard.press("Control+A")
+    tab.keyboard.type("all squares")
+    tab.keyboard.press("Shift+Enter")
+    tab.wait_for_function("() => document.querySelectorAll('.card').length === 1")
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_page_fits_its_screen(tab: object, scene: Path, width: int) -> None:
+    tab.set_viewport_size({"width": width, "height": 700})
+    upload(tab, scene)
+    ask_for(tab, "the blue square", "w" * 80)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [card.bounding_box() for card in tab.query_selector_all(".card")]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "side by side where there is room"
+
+
+# ------------------------------------------------------------------------------------------------------- as a Space
+
+
+@pytest.mark.slow
+def test_pushed_space_runs_on_a_pushed_model(checkpoint: Path, tmp_path: Path) -> None:
+    upload_model = "import sys; from huggingface_hub import HfApi as A; A().create_repo('me/rela'); "
+    upload_model += "A().upload_folder(repo_id='me/rela', folder_path=sys.argv[1])"
+    with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
+        assert hub.python(tmp_path / "author", "-c", upload_model, checkpoint, token="hf_me").returncode == 0
+        options = ["--model", "me/rela", "--push-to-hub", "me/try"]
+        pushed = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
+        assert pushed.returncode == 0, pushed.stderr
+        repo, space = hub.repository("space", "me/try"), tmp_path / "space"
+        for name, file in repo.files("main").items():
+            (space / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repo.blobs / file["oid"], space / name)
+        assert "app_file: app.py" in (space / "README.md").read_text()
+        port = free_port()
+        variables = hub.environment(space, None) | {"GRADIO_SERVER_PORT": str(port)}
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=variables, stderr=subprocess.PIPE)
+        try:
+            assert "What does the sentence mean?" in wait_for(f"http://127.0.0.1:{port}", server)
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def wait_for(url: str, server: subprocess.Popen) -> str:
+    for _ in range(240):
+        assert server.poll() is None, server.stderr.read()
+        try:
+            return urllib.request.urlopen(url, timeout=10).read().decode()
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(url)
