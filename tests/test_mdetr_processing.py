@@ -1,5 +1,6 @@
 """MDETR's processor: sizes, padding, which words a box points at, training batches, and boxes back in pixels."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
+import grefcoco
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.image_processing_mdetr import MdetrImageProcessor, resized_size
 from modeling.modeling_mdetr import MdetrOutput
 from modeling.processing_mdetr import MdetrCollator, relative_boxes
 from modeling.root_noun_mdetr import nouns_by_rule, nouns_of_parse, root_nouns
+from tests.tiny_grefcoco import write_genuine
 from tests.tiny_mdetr import expression_rows, tiny_processor
 
 
@@ -57,7 +60,7 @@ def test_images_are_normalised_and_padded_right_and_below() -> None:
     assert processor(white, do_resize=False)["pixel_values"].shape == (1, 3, 80, 80)
 
 
-def test_processor_is_the_same_after_saving(tmp_path: object) -> None:
+def test_processor_is_the_same_after_saving(tmp_path: Path) -> None:
     processor, rows = tiny_processor(), expression_rows()
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
@@ -154,6 +157,18 @@ def test_crowds_and_boxes_without_area_are_no_targets() -> None:
     row["objects"] = [{"ann_id": i, "iscrowd": i == 8} for i in (7, 8, 9)]
     torch.testing.assert_close(relative_boxes(row), torch.tensor([[5 / 96, 15 / 64, 10 / 96, 30 / 64]]))
     assert relative_boxes({**row, "ann_ids": [], "boxes": []}).shape == (0, 4)
+
+
+def test_rows_of_the_data_set_make_batches(tmp_path: Path) -> None:
+    folder, out = write_genuine(tmp_path / "genuine"), tmp_path / "built"
+    grefcoco.build(folder, folder / "train2014", out)
+    columns = ["image", "image_id", "width", "height", "sentence", "ann_ids", "boxes", "objects"]
+    rows = grefcoco.load(out, split="train", columns=columns)
+    batch = MdetrCollator(tiny_processor())(rows.__getitems__(list(range(len(rows)))))
+    crowds = [sum(ann_id % 10 == 3 for ann_id in row["ann_ids"]) for row in rows]
+    counts = [len(row["ann_ids"]) - crowd for row, crowd in zip(rows, crowds)]
+    assert batch["labels"]["num_targets"].tolist() == counts and max(crowds) == 1 and {0, 1, 2} <= {*counts}
+    assert len(batch["pixel_values"]) == len({row["image_id"] for row in rows}) < len(rows)
 
 
 def outputs_of(scores: list[float], **changes: torch.Tensor) -> MdetrOutput:

@@ -1,5 +1,7 @@
 """MDETR's fine-tuning: which parameters learn how fast, when, and what is averaged."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_rates_over_the_training(model: MdetrModel) -> None:
     assert text[252] == pytest.approx(1e-5 * 248 / 495) and text[500] == 0
 
 
-def test_average_follows_the_weights_and_saves(model: MdetrModel, tmp_path: object) -> None:
+def test_average_follows_the_weights_and_saves(model: MdetrModel, tmp_path: Path) -> None:
     average = weight_average(model, decay=0.9)
     weight, expected = model.token_head.weight, model.token_head.weight.detach().clone()
     for _ in range(3):
