@@ -64,20 +64,20 @@ def match(prediction: Prediction, labels: dict[str, torch.Tensor], config: Mdetr
     Raises:
         ValueError: when a cost is not finite: the model has diverged.
     """
+    boxes, targets = prediction["pred_boxes"].float(), labels["boxes"].float()
+    agreement = prediction["logits"].float().softmax(-1) @ labels["positive_map"].float().transpose(1, 2)
+    costs = (
+        config.box_cost * torch.cdist(boxes, targets, p=1)
+        - config.class_cost * agreement
+        - config.giou_cost * generalized_iou(corners(boxes)[:, :, None], corners(targets)[:, None])
+    )  # (B, queries, T)
     pairs = []
-    for b, count in enumerate(labels["num_targets"].tolist()):
-        boxes, targets = prediction["pred_boxes"][b].float(), labels["boxes"][b, :count].float()
-        agreement = prediction["logits"][b].float().softmax(-1) @ labels["positive_map"][b, :count].float().T
-        cost = (
-            config.box_cost * torch.cdist(boxes, targets, p=1)
-            - config.class_cost * agreement
-            - config.giou_cost * generalized_iou(corners(boxes)[:, None], corners(targets)[None])
-        )
-        if not cost.isfinite().all():
+    for b, (cost, count) in enumerate(zip(costs.cpu().double().numpy(), labels["num_targets"].tolist(), strict=True)):
+        if not np.isfinite(cost[:, :count]).all():
             raise ValueError(
                 f"matching cost of sentence {b} is not finite: the model has diverged, or a box has no area"
             )
-        pairs.append(tuple(torch.from_numpy(x).to(boxes.device) for x in assign(cost.cpu().double().numpy())))
+        pairs.append(tuple(torch.from_numpy(side).to(boxes.device) for side in assign(cost[:, :count])))
     return pairs
 
 

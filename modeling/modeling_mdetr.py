@@ -55,6 +55,8 @@ class MdetrPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    # Loaded in half precision, the heads stay in fp32: half a number's digits are pixels of a box.
+    _keep_in_fp32_modules_strict = ("token_head", "box_head", "final_head", "align_queries", "align_tokens")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,14 +140,16 @@ class MdetrModel(MdetrPreTrainedModel):
         seen = torch.cat([seen, attention_mask.bool()], dim=1)[:, None, None]  # (B, 1, 1, tokens of both kinds)
         for layer in self.encoder:
             memory = layer(memory, position, seen)
-        predictions = self._decode(memory, position, seen)
-        proj_tokens = None
-        if self.align_tokens is not None:
-            proj_tokens = nn.functional.normalize(self.align_tokens(memory[:, pixels.shape[1] :]), dim=-1)
+        queries = self._decode(memory, position, seen)
         loss, terms = None, None
-        if labels is not None:
-            loss, terms = grounding_loss(predictions, proj_tokens, labels, self.config)
-            terms = {name: term.detach() for name, term in terms.items()}
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            dtype = self.token_head.weight.dtype
+            predictions = [self._predict(query.to(dtype)) for query in queries]
+            words = memory[:, pixels.shape[1] :].to(dtype)
+            proj_tokens = None if self.align_tokens is None else _unit(self.align_tokens, words)
+            if labels is not None:
+                loss, terms = grounding_loss(predictions, proj_tokens, labels, self.config)
+                terms = {name: term.detach() for name, term in terms.items()}
         auxiliary = tuple(predictions[:-1]) if self.config.auxiliary_loss else None
         return MdetrOutput(
             loss=loss, loss_terms=terms, **predictions[-1], proj_tokens=proj_tokens, auxiliary_outputs=auxiliary
@@ -163,16 +167,15 @@ class MdetrModel(MdetrPreTrainedModel):
         pixels = self.image_projection(features.flatten(2).transpose(1, 2))
         return pixels, seen.flatten(1), sine_positions(seen, self.config.hidden_size).to(dtype)
 
-    def _decode(self, memory: torch.Tensor, position: torch.Tensor, seen: torch.Tensor) -> list[Prediction]:
-        """The last layer's prediction, or with `auxiliary_loss` those of all layers, first to last."""
+    def _decode(self, memory: torch.Tensor, position: torch.Tensor, seen: torch.Tensor) -> list[torch.Tensor]:
+        """The last layer's queries (B, queries, hidden), or with `auxiliary_loss` those of all, first to last."""
         place = self.query_position.weight
         query = torch.zeros_like(place).expand(len(memory), -1, -1)
-        predictions = []
-        for i, layer in enumerate(self.decoder):
+        queries = []
+        for layer in self.decoder:
             query = layer(query, place, memory, position, seen)
-            if self.config.auxiliary_loss or i + 1 == len(self.decoder):
-                predictions.append(self._predict(self.decoder_norm(query)))
-        return predictions
+            queries.append(query)
+        return [self.decoder_norm(query) for query in (queries if self.config.auxiliary_loss else queries[-1:])]
 
     def _predict(self, query: torch.Tensor) -> Prediction:
         """(B, queries, hidden) -> what the heads say."""
@@ -180,8 +183,12 @@ class MdetrModel(MdetrPreTrainedModel):
         if self.final_head is not None:
             prediction["pred_isfinal"] = self.final_head(query)
         if self.align_queries is not None:
-            prediction["proj_queries"] = nn.functional.normalize(self.align_queries(query), dim=-1)
+            prediction["proj_queries"] = _unit(self.align_queries, query)
         return prediction
+
+
+def _unit(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.normalize(head(x), dim=-1)
 
 
 MdetrModel.register_for_auto_class("AutoModel")

@@ -219,16 +219,20 @@ def test_gradient_checkpointing_changes_no_gradient(batch: dict) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_bfloat16_stays_near(inputs: dict, tmp_path: Path) -> None:
+def test_bfloat16_stays_near_and_keeps_the_heads_in_fp32(inputs: dict, tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         exact = model(**inputs).logits
-        half = MdetrModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(**inputs).logits.float()
+        half = MdetrModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half.image_projection.weight.dtype == torch.bfloat16 and half.box_head[4].weight.dtype == torch.float32
+        rounded = half(**inputs).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            automatic = model(**inputs).logits.float()
-    assert (half - exact).norm() < 0.1 * exact.norm()
-    assert (automatic - exact).norm() < 0.1 * exact.norm()
+            automatic = model(**inputs).logits
+        everything = model.to(torch.bfloat16)(**inputs).logits
+    assert rounded.dtype == automatic.dtype == torch.float32
+    for logits in (rounded, automatic, everything.float()):
+        assert (logits - exact).norm() < 0.1 * exact.norm()
 
 
 def test_saved_model_is_equal(inputs: dict, tmp_path: Path) -> None:
