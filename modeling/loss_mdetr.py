@@ -26,6 +26,8 @@ def grounding_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum over all layers, and the unweighted terms under the original's names.
 
+    The number of targets is averaged over the processes of a distributed run: all of them must call this together.
+
     Args:
         predictions: for each decoder layer, the last one last, "logits" (B, queries, positions), "pred_boxes" (B,
             queries, 4), and where the model has those heads "proj_queries" (B, queries, d), "pred_isfinal" (B,
