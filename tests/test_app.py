@@ -211,11 +211,11 @@ def test_threshold_judges_again_without_the_model(tab: object, scene: Path, segm
 def test_a_file_that_is_no_picture_is_said_kindly(tab: object, scene: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("Dear page, I am no picture.")
     tab.set_input_files("#picture input[type=file]", str(tmp_path / "letter.png"))
-    tab.fill("#sentences textarea", "the blue square")
-    tab.click("#find")
     tab.get_by_text("letter.png cannot be read as a picture").wait_for()
+    tab.wait_for_selector("#picture img", state="detached")
+    tab.click("#find")
+    tab.get_by_text("Choose a picture first").wait_for()
     assert not tab.query_selector_all(".card")
-    tab.reload()
     upload(tab, scene)
     assert ask_for(tab, "the blue square"), "the page goes on working"
 
@@ -243,6 +243,8 @@ def test_page_fits_its_screen(tab: object, scene: Path, width: int) -> None:
     upload(tab, scene)
     ask_for(tab, "the blue square", "w" * 80)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    clipped = "element => element.scrollWidth > element.clientWidth"
+    assert not any(tab.eval_on_selector_all(".card p", f"all => all.map({clipped})")), "a long word is cut off"
     boxes = [card.bounding_box() for card in tab.query_selector_all(".card")]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "side by side where there is room"
