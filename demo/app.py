@@ -21,6 +21,7 @@ import gradio as gr
 import numpy as np
 from gradio.data_classes import ImageData
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageFilter
 from transformers import Pipeline, pipeline
 
@@ -249,6 +250,19 @@ def example(index: int) -> list[Image.Image | str]:
     return [Image.fromarray(scene.picture), "\n".join(said[number] for number in (1, 2, 0))]
 
 
+def check_model(model: str, shared: bool) -> None:
+    """Refuse early what would fail late.
+
+    Raises:
+        ValueError: neither a folder nor the form of a Hub id; a folder, where others must reach the model.
+    """
+    folder = Path(model).is_dir()
+    if not folder and model.count("/") != 1:
+        raise ValueError(f"--model {model} is neither a folder here nor a Hub id, OWNER/NAME; `make demo` trains one.")
+    if folder and shared:
+        raise ValueError(f"--model {model} is a folder, which no Space can see; push the model and name its Hub id.")
+
+
 def push(model: str, space: str) -> None:
     """Upload the page as a Space that shows `model`, a Hub id."""
     root, api = Path(__file__).resolve().parents[1], HfApi()
@@ -268,12 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="make a Space of this page instead of showing it")
     options = parser.parse_args(arguments)
     try:
+        check_model(options.model, shared=bool(options.push_to_hub))
         if options.push_to_hub:
             push(options.model, options.push_to_hub)
             return 0
         segment = pipeline("referring-segmentation", options.model, trust_remote_code=True)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"demo/app.py: --model {options.model}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, KeyError, HTTPError) as error:
+        print(f"demo/app.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     make_page(segment).launch(server_port=options.port, **LOOK)
     return 0

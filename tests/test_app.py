@@ -111,10 +111,22 @@ def test_examples_have_one_target_several_and_none() -> None:
         assert scene.size == (256, 256) and len(lines.splitlines()) == 3
 
 
-def test_a_folder_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert app.main(["--model", str(tmp_path)]) == 2
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [([], "config.json"), (["--push-to-hub", "me/try"], "no Space can see")],
+    ids=["folder without a model", "folder for a Space"],
+)
+def test_a_model_that_cannot_be_shown_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], word: str
+) -> None:
+    assert app.main(["--model", str(tmp_path), *options]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and str(tmp_path) in line
+    assert line.count("\n") == 1 and str(tmp_path) in line and word in line
+
+
+def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert app.main(["--model", str(tmp_path / "runs" / "demo")]) == 2
+    assert "neither a folder here nor a Hub id" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
@@ -260,6 +272,9 @@ def test_pushed_space_runs_on_a_pushed_model(checkpoint: Path, tmp_path: Path) -
     with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
         assert hub.python(tmp_path / "author", "-c", upload_model, checkpoint, token="hf_me").returncode == 0
         options = ["--model", "me/rela", "--push-to-hub", "me/try"]
+        hub.fail("POST", "/repos/create")
+        cut = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
+        assert cut.returncode == 2 and "Traceback" not in cut.stderr
         pushed = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
         assert pushed.returncode == 0, pushed.stderr
         repo, space = hub.repository("space", "me/try"), tmp_path / "space"
