@@ -85,6 +85,8 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"]).set(
     block_title_text_color="*body_text_color",
     block_title_text_color_dark="*body_text_color",
 )
+NAME_EXAMPLES = """() => document.querySelectorAll("#examples button").forEach(
+  (button, index) => button.setAttribute("aria-label", `Example ${index + 1}`))"""  # for those who hear the page
 LOOK = {"css": CSS, "theme": THEME, "footer_links": []}  # arguments of `launch`
 NOTHING_YET = '<p class="empty">Choose a picture, write a sentence or a few, and press Find.</p>'
 
@@ -151,6 +153,7 @@ def make_page(segment: Pipeline) -> gr.Blocks:
         # Gradio writes a stub file beside the source of a subclass, so the one instance is changed instead.
         picture.preprocess = kindly(picture.preprocess)
         picture.upload(lambda picture: None, picture, None).failure(lambda: None, None, picture)
+        page.load(None, js=NAME_EXAMPLES)
         asked = {"fn": find, "inputs": [picture, lines, threshold], "outputs": [answers, result]}
         gr.on([button.click, lines.submit], **asked, show_progress_on=result)
         shelf.click(examples.__getitem__, shelf, [picture, lines]).success(**asked, show_progress_on=result)

@@ -233,7 +233,7 @@ def test_a_file_that_is_no_picture_is_said_kindly(tab: object, scene: Path, tmp_
 
 
 def test_page_works_by_keyboard_alone(tab: object) -> None:
-    tab.locator("#examples button").first.focus()
+    tab.get_by_role("button", name="Example 1").focus()
     tab.keyboard.press("Enter")
     tab.wait_for_selector(".card")
     assert len(tab.query_selector_all(".card")) == 3
