@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 import grefcoco
@@ -123,12 +124,20 @@ def _build(options: argparse.Namespace) -> int:
         print(_counts_line(split, counts))
     _print_problems(report["problems"])
     if options.push_to_hub:
-        api = HfApi()
-        api.create_repo(options.push_to_hub, repo_type="dataset", exist_ok=True)
-        api.upload_folder(repo_id=options.push_to_hub, repo_type="dataset", folder_path=options.out)
+        _push(options.out, options.push_to_hub)
     place = options.push_to_hub or options.out
     print(f"{place} is ready: datasets.load_dataset({place!r})")
     return 0
+
+
+def _push(folder: str, repo: str) -> None:
+    """Upload a built folder as a data set; shards of a former build that it lacks leave the repository."""
+    place = {"repo_id": repo, "repo_type": "dataset"}
+    try:
+        HfApi().create_repo(**place, exist_ok=True)
+        HfApi().upload_folder(**place, folder_path=folder, delete_patterns="data/*")
+    except (HTTPError, RuntimeError) as error:  # a RuntimeError is what an upload given up on ends in
+        raise OSError(f"The upload to {repo} stopped: {error} Run again to complete it.") from error
 
 
 def _counts_line(split: str, counts: dict[str, int]) -> str:

@@ -94,7 +94,6 @@ def test_pushing_again_uploads_what_changed(hub: Hub, genuine: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="files of a former build stay, and double its rows", strict=True)
 def test_shards_of_a_former_build_leave_the_repository(hub: Hub, genuine: Path) -> None:
     assert push(hub, genuine).returncode == 0
     repo = hub.repository("dataset", "me/grefcoco")
@@ -133,9 +132,7 @@ def test_push_without_the_right_is_one_line(hub: Hub, genuine: Path, token: str)
         ("/lfs/", None, True),
         ("/preupload/", 503, True),
         ("/commit/", 500, False),
-        pytest.param(
-            "/commit/", None, False, marks=pytest.mark.xfail(reason="a cut ends in a traceback", strict=True)
-        ),
+        ("/commit/", None, False),
     ],
 )
 def test_upload_survives_faults_or_completes_when_run_again(
