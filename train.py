@@ -516,6 +516,8 @@ class Run:
             self.processor.save_pretrained(self.output_dir / "checkpoint")
         expected = self.rows.with_format(None)["sent_id"]
         scores = {name: accumulator.compute(expected=expected) for name, accumulator in measured.items()}
+        if not self.config.eval_only:
+            self.record(scores["model"])
         summary = {
             "gres": scores["model"],
             "baselines": {"always empty": always_empty(scores.pop("model")), **scores},
