@@ -292,6 +292,7 @@ class Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
+            cpu=not torch.accelerator.is_available(),  # said aloud, or processes on CPUs do not find each other
             # a closed language gate and the category warm-up leave parameters without gradient
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )

@@ -209,3 +209,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(dataset, tmp_path):
     done = run("train.py", *flags, "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors is damaged; trying the one before" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_measure_as_one_does(dataset, tmp_path):
+    flags = tiny(dataset, tmp_path / "two", per_device_train_batch_size=4)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert together["train"]["sentences"] == 8 * 4 * 2, "the processes did not find each other"
+    again = ["--checkpoint", tmp_path / "two" / "checkpoint", "--dataset", dataset, "--per_device_train_batch_size", 4]
+    done = run("train.py", "--eval_only", *again, "--output_dir", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["gres"] == together["gres"]
