@@ -35,7 +35,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from pyarrow import compute
-from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertTokenizer, HfArgumentParser
@@ -46,7 +45,7 @@ from modeling.configuration_rela import RelaConfig
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaModel
 from modeling.pretrained_rela import load_backbone, load_text_encoder
-from modeling.processing_rela import RelaCollator, RelaProcessor
+from modeling.processing_rela import RelaCollator, RelaProcessor, decode_mask
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
@@ -498,7 +497,7 @@ class Run:
             report.Sample(
                 image=row["image"],
                 sentence=row["sentence"],
-                truth=coco_mask.decode(row["mask"]).astype(bool),
+                truth=decode_mask(row["mask"]).astype(bool),
                 prediction=answer["mask"].cpu().numpy(),
                 no_target=row["no_target"],
                 predicted_no_target=answer["no_target"],
