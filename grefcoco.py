@@ -353,10 +353,10 @@ def _arrange(
     stream = rows.select_columns(needed)
     if "image" in needed:
         stream = stream.cast_column("image", datasets.Image(decode=False))
-    return stream.map(_explode, batched=True, batch_size=1, remove_columns=needed, fn_kwargs={"columns": columns})
+    return stream.map(explode, batched=True, batch_size=1, remove_columns=needed, fn_kwargs={"columns": columns})
 
 
-def _explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
+def explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
     """One image row, as a batch of one, to one row per sentence; all share the decoded image."""
     objects, expressions = batch["objects"][0], batch["expressions"][0]
     by_id = {item["ann_id"]: item for item in objects}

@@ -5,192 +5,70 @@
     python train.py --eval_only --checkpoint runs/demo/checkpoint --dataset data/easy --split testA
 
 A recipe is a YAML file whose keys are the flags below; flags typed after it win. A run leaves in `output_dir`:
-`report.md`, `metrics.json`, `predictions.png`, `learning_curve.png` and the model under `checkpoint/`.
+`report.md`, `metrics.json`, `predictions.png`, `best_and_worst.png`, `learning_curve.png`, the model under
+`checkpoint/`, the best one measured on the way under `best/`, and under `checkpoints/` what resuming needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import json
-import math
-import os
+import logging
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import evaluate
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import compute
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertTokenizer, HfArgumentParser
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import grefcoco
 from grefcoco_data import report
-from modeling.configuration_rela import RelaConfig
-from modeling.image_processing_rela import RelaImageProcessor
-from modeling.modeling_rela import RelaModel
-from modeling.pretrained_rela import load_backbone, load_text_encoder
-from modeling.processing_rela import RelaCollator, RelaProcessor, decode_mask
+from grefcoco_data.augmentation import Augmentation
+from grefcoco_data.measurement import Measurement
+from grefcoco_data.model_card import model_card
+from grefcoco_data.recipe import TrainConfig, parse_config
+from grefcoco_data.sampling import SentenceBatchSampler, StreamedBatches, TrainRows
+from modeling import training_mdetr, training_rela
+from modeling.processing_mdetr import MdetrCollator
+from modeling.processing_rela import RelaCollator, decode_mask
+from modeling.training_mdetr import weight_average
+from modeling.training_rela import rate_factor
+from modeling.training_state import aside, broken_seal, put, seal
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
-GresAccumulator = evaluate.load(str(ROOT / "evaluate" / "gres")).accumulator
+GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
+FAMILIES = {"rela": training_rela, "mdetr": training_mdetr}  # how each kind of model is made and trained
+COLUMNS = ["image", "image_id", "file_name", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
+COLUMNS += ["category_ids", "boxes", "masks", "mask", "objects"]
 LOGGING_STEPS = 50  # steps between records of the loss
+STOP_STEPS = 10  # steps between the moments at which several processes ask each other whether to stop
+MAX_SKIPPED = 20  # steps without a finite gradient, one after another, before a run gives up
 logger = get_logger(__name__)
 
 
-def option(default: object, help: str) -> dataclasses.Field:
-    """A dataclass field with its help text."""
-    factory = {"default_factory": lambda: default} if isinstance(default, (dict, list)) else {"default": default}
-    return field(metadata={"help": help}, **factory)
-
-
-@dataclass
-class TrainConfig:
-    """Everything a run depends on. Names follow the Hugging Face example scripts."""
-
-    # data
-    dataset: str = option("", "built data set folder or Hub id, as grefcoco.load takes it")
-    split: str = option("val", "split that is measured, during training and at the end")
-    text_column: str = option("sentence", "column with the words: sentence, or raw as published")
-    sentences_per_image: int = option(1, "sentences of one image that stay together in a batch and share its decoding")
-    dataloader_num_workers: int = option(0, "processes that read and prepare samples")
-    # model
-    checkpoint: str | None = option(None, "model folder or Hub id to start from or to evaluate")
-    model: str | dict = option({}, "fields of a new RelaConfig (a mapping in a recipe, JSON on the command line)")
-    tokenizer: str | None = option(
-        None, "BERT folder or Hub id for tokeniser and text weights; unset trains a small one"
-    )
-    backbone: str | None = option(None, "weights the vision trunk starts from: a file, a folder or a Hub id")
-    image_size: int = option(480, "side in pixels of the square that images are squashed to")
-    # optimisation
-    max_train_steps: int = option(150_000, "optimiser steps")
-    per_device_train_batch_size: int = option(48, "sentences a step on each process, before accumulation")
-    gradient_accumulation_steps: int = option(1, "batches summed before an optimiser step")
-    learning_rate: float = option(1e-5, "AdamW learning rate at its peak")
-    weight_decay: float = option(0.05, "AdamW decay of matrices; norms, biases and embeddings are not decayed")
-    frozen: list[str] = option([], "beginnings of the names of parameters that are not trained")
-    max_grad_norm: float = option(0.01, "gradients are clipped to this norm over the whole model")
-    lr_scheduler_type: str = option("step", "constant, cosine, or step (x 0.1 at each of lr_decay_steps)")
-    lr_decay_steps: list[int] = option([110_000, 140_000], "steps of the decays of the step schedule")
-    lr_warmup_steps: int = option(0, "steps of linear warm-up, at the start and again after the category warm-up")
-    category_supervision: bool = option(False, "teach the vision trunk the category of every annotated pixel as well")
-    category_warmup_steps: int = option(0, "first steps that train the vision trunk alone to name categories")
-    mixed_precision: str = option("no", "no, fp16 or bf16")
-    # run
-    output_dir: str = option("runs/train", "folder that the run writes")
-    seed: int = option(0, "seed of everything random")
-    eval_only: bool = option(False, "measure --checkpoint on --split and stop")
-    eval_steps: int = option(5000, "steps between measurements")
-    checkpointing_steps: int = option(5000, "steps between checkpoints to resume from")
-    checkpoints_total_limit: int = option(2, "newest checkpoints that are kept")
-    resume_from_checkpoint: str | None = option(None, "latest, or a folder under output_dir/checkpoints")
-    report_to: str = option("tensorboard", "tracker: tensorboard, wandb or none")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.model, str):
-            self.model = json.loads(self.model)
-        choices = {
-            "lr_scheduler_type": ("constant", "cosine", "step"),
-            "mixed_precision": ("no", "fp16", "bf16"),
-            "text_column": ("sentence", "raw"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in ("max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.dataset:
-            raise ValueError("no data set given; name a built folder or a Hub id with --dataset")
-        if self.eval_only and not self.checkpoint:
-            raise ValueError("--eval_only needs the model to measure; name it with --checkpoint")
-
-
-def parse_config(argv: list[str]) -> TrainConfig:
-    """Read `[recipe.yaml] [--flag value ...]`; raises ValueError on an unknown key or a wrong value."""
-    parser = HfArgumentParser(TrainConfig, description=__doc__.splitlines()[0])
-    if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**read_recipe(Path(argv[0])))
-        argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
-
-
-def read_recipe(path: Path) -> dict[str, object]:
-    """The mapping in a YAML recipe; raises ValueError when it is none or holds a key that is not a flag."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read this recipe ({' '.join(str(error).split())})") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of flags to values, this is {type(recipe).__name__}")
-    known = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for key in recipe:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
-            raise ValueError(f"{path}: unknown key {key!r}{hint}")
-    return recipe
-
-
-class SentenceBatchSampler:
-    """Endless batches of expression indices, a pure function of (seed, step): resuming is starting at another step.
-
-    Each epoch is a fresh permutation; sentences of one image are cut into groups of `sentences_per_image` that stay
-    together. Every process takes its own part of the same global batch. What does not fill the last batch of an
-    epoch is left out of that epoch.
-    """
-
-    def __init__(
-        self,
-        image_ids: np.ndarray,
-        batch_size: int,
-        sentences_per_image: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        start: int = 0,
-    ) -> None:
-        self.groups = np.split(order := np.argsort(image_ids, kind="stable"), _changes(image_ids[order]))
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.sentences_per_image, self.seed, self.start = sentences_per_image, seed, start
-        self.batches_per_epoch = len(image_ids) // (batch_size * world_size)
-        if self.batches_per_epoch == 0:
-            raise ValueError(
-                f"a batch of {batch_size} x {world_size} processes is more than {len(image_ids)} sentences"
-            )
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while True:
-            epoch, position = divmod(step, self.batches_per_epoch)
-            for batch in self._epoch(epoch)[position:]:
-                yield batch.tolist()
-                step += 1
-
-    def _epoch(self, epoch: int) -> np.ndarray:  # (batches, batch_size) of this process
-        random = np.random.default_rng((self.seed, epoch))
-        size = self.sentences_per_image
-        mixed = [random.permutation(group) for group in self.groups]
-        pieces = [group[i : i + size] for group in mixed for i in range(0, len(group), size)]
-        order = np.concatenate([pieces[i] for i in random.permutation(len(pieces))])
-        whole = self.batches_per_epoch * self.batch_size * self.world_size
-        return order[:whole].reshape(self.batches_per_epoch, self.world_size, self.batch_size)[:, self.rank]
+class Stopped(RuntimeError):
+    """A run cannot go on; the message says why and what to do."""
 
 
 def category_ids(dataset: str, splits: list[str]) -> list[int]:
@@ -203,82 +81,16 @@ def category_ids(dataset: str, splits: list[str]) -> list[int]:
     return sorted(found)
 
 
-def _changes(values: np.ndarray) -> np.ndarray:
-    """Positions at which a sorted array takes a new value."""
-    return np.flatnonzero(np.diff(values)) + 1
-
-
-def load_model(
-    config: TrainConfig, train_rows: Dataset | None, num_categories: int
-) -> tuple[RelaModel, RelaProcessor]:
-    """The model and processor to train or measure: from `checkpoint`, or new from the recipe's `model` fields."""
-    if config.checkpoint:
-        model = AutoModel.from_pretrained(config.checkpoint, trust_remote_code=True)
-        return model, AutoProcessor.from_pretrained(config.checkpoint, trust_remote_code=True)
-    fields = {"num_categories": num_categories if config.category_supervision else 0, **config.model}
-    if config.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    else:
-        tokenizer = word_tokenizer(train_rows.with_format(None)["sentence"])
-        fields["text_config"] = {**fields.get("text_config", {}), "vocab_size": len(tokenizer)}
-    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(RelaConfig)})
-    if unknown:
-        raise ValueError(f"model: {unknown[0]!r} is not a field of RelaConfig")
-    model = RelaModel(RelaConfig(**fields))
-    if config.tokenizer:
-        load_text_encoder(model, config.tokenizer)
-    if config.backbone:
-        load_backbone(model, config.backbone)
-    image_processor = RelaImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    return model, RelaProcessor(image_processor, tokenizer)
-
-
-def word_tokenizer(sentences: Iterable[str], max_words: int = 4000) -> BertTokenizer:
-    """A BERT tokeniser of the most frequent words, with single characters for all others.
-
-    (The WordPiece trainer of `tokenizers` gives another vocabulary at every run.)
-    """
-    rules = BertTokenizer().backend_tokenizer
-    words = Counter()
-    for sentence in sentences:
-        pieces = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(sentence))
-        words.update(word for word, _ in pieces)
-    characters = sorted(set("".join(words)))
-    frequent = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))[:max_words]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = [*special, *characters, *("##" + character for character in characters), *frequent]
-    return BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices with decay; vectors (norms, biases), embeddings and position tables without (ReLA's train_net.py)."""
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            table = parameter.ndim < 2 or "embed" in name.rsplit(".", 1)[0] or "position_bias_table" in name
-            (kept if table else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of `step`, a pure function, so that nothing of the schedule has to be saved."""
-    since_phase_began = step - config.category_warmup_steps if step >= config.category_warmup_steps else step
-    rate = config.learning_rate * min(1.0, (since_phase_began + 1) / max(1, config.lr_warmup_steps))
-    if config.lr_scheduler_type == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
-    if config.lr_scheduler_type == "step":
-        return rate * 0.1 ** sum(step >= decay for decay in config.lr_decay_steps)
-    return rate
-
-
 @dataclass
 class Progress:
-    """Where a run stands: optimiser steps done, seconds spent, and the records that draw its curve."""
+    """Where a run stands: optimiser steps done, seconds spent, the records that draw its curve, the best score."""
 
     step: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0  # seconds of them spent on the next batch
+    skipped: int = 0  # steps without a finite gradient
     history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
 
 
 class Run:
@@ -286,6 +98,7 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.output_dir = config, Path(config.output_dir)
+        self.augmentation = Augmentation(**config.augmentation)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -296,26 +109,67 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
-        self.progress, self.stop_signal = Progress(), None
-        self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "objects"])
-        self.train_rows = (
-            None if config.eval_only else grefcoco.load(config.dataset, split="train", columns=[*COLUMNS, "objects"])
-        )
-        categories = category_ids(config.dataset, [config.split] if config.eval_only else ["train", config.split])
-        self.model, self.processor = load_model(config, self.train_rows, len(categories))
-        self.collator = RelaCollator(self.processor, categories, config.text_column)
+        self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
+        self.rows = grefcoco.load(config.dataset, split=config.split, columns=COLUMNS)
+        self.train_rows = None
+        if not (config.eval_only or config.streaming):
+            self.train_rows = grefcoco.load(config.dataset, split="train", columns=COLUMNS)
+        self.model, self.processor = self.load_model()
+        self.collator = self.make_collator(supervised=True)
+        self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
         if config.eval_only:
-            self.model = self.accelerator.prepare(self.model)
+            self.model, self.average = self.accelerator.prepare(self.model), None
         else:
             self._prepare_training()
+
+    def load_model(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """The model and processor to train or measure: from `checkpoint`, or new from the recipe's `model` fields."""
+        config = self.config
+        if config.checkpoint:
+            model = AutoModel.from_pretrained(config.checkpoint, trust_remote_code=True)
+            return model, AutoProcessor.from_pretrained(config.checkpoint, trust_remote_code=True)
+        fields = dict(config.model)
+        family = FAMILIES.get(fields.pop("model_type", "rela"))
+        if family is None:
+            wrong = config.model["model_type"]
+            raise ValueError(f"model: model_type is {wrong!r}; choose one of {', '.join(FAMILIES)}")
+        if config.category_supervision:
+            fields = {"num_categories": len(category_ids(config.dataset, ["train", config.split])), **fields}
+        return family.new_model(fields, self.sentences, config.tokenizer, config.backbone, config.image_size)
+
+    def sentences(self) -> Iterator[str]:
+        """All sentences of the training split."""
+        rows = grefcoco.load(self.config.dataset, split="train", columns=["sentence"])
+        return iter(rows.with_format(None)["sentence"])
+
+    def make_collator(self, supervised: bool) -> RelaCollator | MdetrCollator:
+        """What makes batches of rows; `supervised` adds what the category loss and the "every object" row need."""
+        config = self.config
+        if self.model.config.model_type == "mdetr":
+            return MdetrCollator(self.processor, config.text_column)
+        splits = [config.split] if config.eval_only else ["train", config.split]
+        categories = category_ids(config.dataset, splits) if supervised else ()
+        return RelaCollator(self.processor, categories, config.text_column)
 
     def _prepare_training(self) -> None:
         config = self.config
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not name.startswith(tuple(config.frozen)))
-        groups = parameter_groups(self.model, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+            parameter.requires_grad_(parameter.requires_grad and not name.startswith(tuple(config.frozen)))
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        family = FAMILIES[self.model.config.model_type]
+        groups = family.parameter_groups(
+            self.model, config.learning_rate, config.weight_decay, config.tower_learning_rates
+        )
+        for group in groups:
+            group["peak"] = group["lr"]
+        optimizer = torch.optim.AdamW(groups)
+        self.average = weight_average(self.model, config.ema_decay) if config.ema_decay else None
+        if config.torch_compile:
+            self.model.compile()
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.average is not None:
+            self.average.to(self.accelerator.device)
         if config.resume_from_checkpoint:
             self.resume(config.resume_from_checkpoint)
         self.accelerator.init_trackers("tracker", config=_scalars(dataclasses.asdict(config)))
@@ -332,19 +186,20 @@ class Run:
             disable=not self.accelerator.is_main_process,
         )
         started, losses = time.perf_counter() - progress.seconds, []
-        while progress.step < config.max_train_steps and self.stop_signal is None:
+        while progress.step < config.max_train_steps and not self.stopping():
             losses.append(self.train_step(batches))
             progress.step += 1
             progress.seconds = time.perf_counter() - started
             bar.update()
-            if progress.step % LOGGING_STEPS == 0 or progress.step == config.max_train_steps:
-                loss = torch.stack(losses).mean().item()
+            last = progress.step == config.max_train_steps
+            if progress.step % LOGGING_STEPS == 0 or last:
+                loss = torch.stack(losses).nanmean().item()
                 losses.clear()
                 bar.set_postfix(loss=f"{loss:.3f}")
-                self.record({"loss": loss, "learning_rate": learning_rate(config, progress.step - 1)})
-            if progress.step % config.eval_steps == 0 and progress.step < config.max_train_steps:
-                self.record(self.measure()["model"].compute())
-            if progress.step % config.checkpointing_steps == 0 and progress.step < config.max_train_steps:
+                self.record({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
+            if progress.step % config.eval_steps == 0 and not last:
+                self.evaluate_and_record()
+            if progress.step % config.checkpointing_steps == 0 and not last:
                 self.save_checkpoint()
         bar.close()
 
@@ -357,46 +212,93 @@ class Run:
         yield from self._loader(config.sentences_per_image, max(0, start - warm_up))
 
     def _loader(self, sentences_per_image: int, start: int) -> DataLoader:
-        sampler = SentenceBatchSampler(
-            np.asarray(self.train_rows.with_format(None)["image_id"]),
-            self.config.per_device_train_batch_size,
-            sentences_per_image,
-            self.config.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            start,
-        )
-        supervised = self.config.category_supervision
-        return DataLoader(
-            self.train_rows if supervised else self.train_rows.remove_columns("objects"),
-            batch_sampler=sampler,
-            collate_fn=self.collator if supervised else RelaCollator(self.processor, (), self.config.text_column),
-            num_workers=self.config.dataloader_num_workers,
-        )
+        config, supervised = self.config, self.config.category_supervision
+        collator = self.collator if supervised else self.make_collator(supervised=False)
+        settings = {"collate_fn": collator, "pin_memory": self.accelerator.device.type == "cuda"}
+        place = (config.seed, self.accelerator.process_index, self.accelerator.num_processes, start)
+        size = (config.per_device_train_batch_size, sentences_per_image)
+        if config.streaming:
+            images = partial(grefcoco.load, config.dataset, split="train", streaming=True, layout="image")
+            stream = StreamedBatches(lambda names: images(columns=names), COLUMNS, self.augmentation, *size, *place)
+            workers = min(config.dataloader_num_workers, stream.num_shards)
+            return DataLoader(stream, batch_size=None, num_workers=workers, **settings)
+        wants_objects = supervised or self.augmentation.active or self.model_config.model_type == "mdetr"
+        rows = self.train_rows if wants_objects else self.train_rows.remove_columns("objects")
+        sampler = SentenceBatchSampler(np.asarray(rows.with_format(None)["image_id"]), *size, *place)
+        rows = TrainRows(rows, self.augmentation, config.seed)
+        return DataLoader(rows, batch_sampler=sampler, num_workers=config.dataloader_num_workers, **settings)
+
+    @property
+    def model_config(self):
+        return self.accelerator.unwrap_model(self.model).config
 
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
         """One optimiser step; returns its mean loss. Its random numbers depend on (seed, step, process) alone."""
         config, step = self.config, self.progress.step
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        losses = []
+            schedule = group.get("schedule", config.lr_scheduler_type)
+            restart = config.category_warmup_steps
+            factor = rate_factor(
+                schedule, step, config.max_train_steps, config.lr_warmup_steps, config.lr_decay_steps, restart
+            )
+            group["lr"] = group["peak"] * factor
+        losses, sent_ids = [], []
         for part in range(config.gradient_accumulation_steps):
-            batch = send_to_device(next(batches), self.accelerator.device)
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.progress.waiting += time.perf_counter() - asked
+            sent_ids.append(batch["labels"]["sent_id"])
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             torch.manual_seed(hash((config.seed, step, part, self.accelerator.process_index)) & 0x7FFFFFFF)
             with self.accelerator.accumulate(self.model):
                 loss = self.model(**(vision_only(batch) if step < config.category_warmup_steps else batch)).loss
                 self.accelerator.backward(loss)
+                losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-                self.optimizer.step()
+                    self._update(losses, sent_ids)
                 self.optimizer.zero_grad()
-            losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+    def _update(self, losses: list[torch.Tensor], sent_ids: list[torch.Tensor]) -> None:
+        """Clip the gradients and step, unless they are not finite: then every process leaves this step out."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        finite = norm is None or bool(torch.as_tensor(norm).isfinite())  # reduced: the same in every process
+        if finite or self.config.mixed_precision == "fp16":  # whose scaler leaves the step out itself and scales down
+            self.optimizer.step()
+        if finite:
+            self.skipped_in_a_row = 0
+            if self.average is not None:
+                self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+            return
+        self.progress.skipped += 1
+        self.skipped_in_a_row += 1
+        wrong = [ids for loss, ids in zip(losses, sent_ids) if not loss.isfinite()]
+        mine = [] if not wrong else torch.cat(wrong).tolist()
+        found = sorted(set(gather_object(mine)))
+        about = f"of the batch with sentences {', '.join(map(str, found))}" if found else "in the backward pass alone"
+        logger.warning("step %d is left out: the loss is not finite, %s", self.progress.step, about)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise Stopped(
+                f"no finite gradient in {MAX_SKIPPED} steps up to step {self.progress.step}, the last one {about}; "
+                "resume from a checkpoint with a lower --learning_rate, or look at these sentences"
+            )
 
     def stop(self, number: int, frame: object) -> None:
         """Signal handler: let the step in progress end, then save and stop."""
         self.stop_signal = number
+        if self.accelerator.num_processes == 1:
+            signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    def stopping(self) -> bool:
+        """Whether a process was told to stop; several processes agree on it now and then."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        if self.progress.step % STOP_STEPS:
+            return False
+        told = torch.tensor([self.stop_signal or 0], device=self.accelerator.device)
+        self.stop_signal = int(self.accelerator.gather(told).max()) or None
+        return self.stop_signal is not None
 
     def record(self, values: dict[str, float]) -> None:
         """Put `values` into the history and the tracker at the present step."""
@@ -404,24 +306,75 @@ class Run:
         self.progress.history.append({"step": step, **values})
         self.accelerator.log(_scalars(values), step=step)
 
+    def evaluate_and_record(self) -> None:
+        """Measure, record, show predictions in the tracker, and keep the model when it is the best so far."""
+        scores = flat(self.measure().scores())
+        self.record(scores)
+        metric = self.config.metric_for_best_model
+        if metric is not None:
+            if metric not in scores:
+                raise Stopped(f"metric_for_best_model is {metric!r}; what is measured is {', '.join(scores)}")
+            if self.progress.best is None or scores[metric] > self.progress.best:
+                self.progress.best = scores[metric]
+                self.save_model("best")
+        if self.accelerator.trackers:
+            samples = self.predict(pick_rows(self.rows, per_kind=3, seed=self.config.seed))
+            if self.accelerator.is_main_process:
+                picture = report.draw_predictions(samples)
+                for tracker in self.accelerator.trackers:
+                    tracker.log_images({"predictions": picture[None]}, step=self.progress.step)
+
+    def save_model(self, name: str) -> None:
+        """Write the model, or its running average, with its processor and code under output_dir/`name`, whole."""
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            final = self.output_dir / name
+            with self.room_on_disk(final):
+                temporary = aside(final)
+                if self.average is None:
+                    model.save_pretrained(temporary, state_dict=state)
+                else:
+                    self.average.module.save_pretrained(temporary)
+                self.processor.save_pretrained(temporary)
+                put(temporary, final)
+
     def save_checkpoint(self) -> None:
         """Save everything a resume needs under checkpoints/step-N: written aside, sealed with hashes, then renamed."""
-        folder = self.output_dir / "checkpoints"
-        temporary = folder / ".writing"
+        final = self.output_dir / "checkpoints" / f"step-{self.progress.step:08d}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with self.room_on_disk(final):
+                aside(final)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        with self.room_on_disk(final) as temporary:
+            self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
-            seal(temporary)
-            final = folder / f"step-{self.progress.step:08d}"
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            flush(folder)
-            for old in sorted(folder.glob("step-*"))[: -self.config.checkpoints_total_limit]:
+            with self.room_on_disk(final) as temporary:
+                if self.average is not None:
+                    save_file(self.average.state_dict(), temporary / "average.safetensors")
+                (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
+                seal(temporary)
+                put(temporary, final)
+            for old in sorted(final.parent.glob("step-*"))[: -self.config.checkpoints_total_limit]:
                 shutil.rmtree(old)
+        if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
+            self.save_model("checkpoint")
+            self.write_card({})
+            self.upload(f"Step {self.progress.step}")
+
+    @contextmanager
+    def room_on_disk(self, final: Path) -> Iterator[Path]:
+        """Where to write `final` aside; what cannot be written is removed, and the run stops with one line."""
+        temporary = final.with_name(".writing")
+        try:
+            yield temporary
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise Stopped(
+                f"cannot write {final}: {error}; what was saved before is intact: make room, then "
+                "--resume_from_checkpoint latest"
+            ) from error
 
     def resume(self, choice: str) -> None:
         """Load a checkpoint folder, or with `latest` the newest whole one; a broken newer one is passed over."""
@@ -431,123 +384,137 @@ class Run:
             broken = broken_seal(checkpoint)
             if broken is None:
                 self.accelerator.load_state(str(checkpoint))
+                if self.average is not None:
+                    self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
                 self.progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
                 logger.info("resumed from %s", checkpoint)
                 return
             if choice != "latest":
                 raise ValueError(f"{checkpoint}: {broken}; choose another checkpoint, or latest")
             logger.warning("%s: %s; trying the one before", checkpoint, broken)
+        logger.warning("%s: no whole checkpoint to resume from; starting at the beginning", folder)
 
     @torch.inference_mode()
-    def measure(self) -> dict[str, GresAccumulator]:
-        """What the model, and an answer of every object, get on the rows of `split`, at the processed size.
+    def measure(self) -> Measurement:
+        """What the model, and an answer of every object, get on the rows of `split`.
 
-        Every process measures its own batches; what is kept and gathered is a few numbers per sentence.
+        Every process measures its own batches; what is kept and gathered is a few numbers per sentence. Where there
+        are not batches enough for all, the first ones are measured again (FSDP must call the model together): equal
+        counts of one sentence are one.
         """
-        self.model.eval()
-        size = self.config.per_device_train_batch_size
+        model = self.evaluated_model()
+        size, processes = self.config.per_device_train_batch_size, self.accelerator.num_processes
         batches = [list(range(i, min(i + size, len(self.rows)))) for i in range(0, len(self.rows), size)]
-        batches = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        loader = DataLoader(
-            self.rows, batch_sampler=batches, collate_fn=self.collator, num_workers=self.config.dataloader_num_workers
-        )
-        index = self.rows.with_format(None)
-        ids, counts = np.asarray(index["sent_id"]), np.array([len(ids) for ids in index["ann_ids"]])
-        words = np.array([len(sentence.split()) for sentence in index["sentence"]])
-        model, everything = GresAccumulator(), GresAccumulator()
+        batches += batches[: -len(batches) % processes]
+        batches = batches[self.accelerator.process_index :: processes]
+        workers = self.config.dataloader_num_workers
+        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collator, num_workers=workers)
+        measurement = Measurement(self.rows, GRES, GREC)
         bar = tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process)
         for indices, batch in zip(batches, bar):
             batch = send_to_device(batch, self.accelerator.device)
             labels = batch.pop("labels")
-            outputs = self.model(**batch)
-            truth = labels["masks"] > 0.5
-            logits = torch.nn.functional.interpolate(outputs.pred_masks.float(), truth.shape[-2:], mode="bilinear")
-            columns = {
-                "sent_id": ids[indices],
-                "num_targets": counts[indices],
-                "num_words": words[indices],
-                "no_target": labels["no_target"].cpu().numpy(),
-            }
-            scores = outputs.no_target_logits.float().softmax(-1)[:, 1].cpu().numpy()
-            model.add_masks(logits[:, 1] > logits[:, 0], truth, no_target_score=scores, **columns)
-            if "categories" in labels:
-                objects = labels["categories"][batch["image_index"]] > 0
-                everything.add_masks(objects, truth, no_target_score=np.zeros(len(truth)), **columns)
-        found = {"model": model, "every object": everything}
-        for accumulator in found.values():
-            self._merge_processes(accumulator)
-        return {name: accumulator for name, accumulator in found.items() if len(accumulator)}
-
-    def _merge_processes(self, accumulator: GresAccumulator) -> None:
-        for rank, state in enumerate(gather_object([accumulator.state()])):
+            measurement.add(indices, model(**batch), labels, batch.get("image_index"), self.processor)
+        for rank, state in enumerate(gather_object([measurement.state()])):
             if rank != self.accelerator.process_index:
-                accumulator.merge(state)
+                measurement.merge(state)
+        return measurement
 
+    def evaluated_model(self) -> torch.nn.Module:
+        """The model, or its running average, in evaluation mode."""
+        model = self.model if self.average is None else self.average.module
+        return model.eval()
+
+    @torch.inference_mode()
     def predict(self, rows: Dataset) -> list[report.Sample]:
-        """Answers on a few rows at the images' own sizes, for the picture."""
-        self.model.eval()
+        """Answers on a few rows at the images' own sizes, for the pictures; all processes call this together."""
         rows = list(rows)
         batch = send_to_device(self.collator(rows), self.accelerator.device)
         batch.pop("labels")
-        with torch.inference_mode():
-            outputs = self.model(**batch)
-        sizes = [(row["height"], row["width"]) for row in rows]
-        answers = self.processor.post_process_referring_segmentation(outputs, target_sizes=sizes)
+        outputs, sizes = self.evaluated_model()(**batch), [(row["height"], row["width"]) for row in rows]
+        masks = boxes = [None] * len(rows)
+        if "pred_masks" in outputs:
+            masks = self.processor.post_process_referring_segmentation(outputs, target_sizes=sizes)
+        if "pred_boxes" in outputs:
+            boxes = self.processor.post_process_referring_detection(outputs, target_sizes=sizes)
         return [
             report.Sample(
                 image=row["image"],
                 sentence=row["sentence"],
                 truth=decode_mask(row["mask"]).astype(bool),
-                prediction=answer["mask"].cpu().numpy(),
+                truth_boxes=None if box is None else report.corners(row["boxes"]),
                 no_target=row["no_target"],
-                predicted_no_target=answer["no_target"],
                 num_targets=len(row["ann_ids"]),
+                prediction=None if mask is None else mask["mask"].cpu().numpy(),
+                boxes=None if box is None else box["boxes"].cpu().numpy(),
+                predicted_no_target=mask["no_target"] if mask else not len(box["boxes"]),
             )
-            for row, answer in zip(rows, answers)
+            for row, mask, box in zip(rows, masks, boxes)
         ]
 
-    def finish(self, measured: dict[str, GresAccumulator]) -> None:
-        """Write the model under checkpoint/ (after training), metrics.json, the pictures and report.md."""
+    def finish(self) -> None:
+        """Measure; write the model under checkpoint/ (after training), metrics.json, the pictures, report.md, card."""
+        measurement = self.measure()
+        scores = measurement.scores(check=True)
+        if not self.config.eval_only:
+            self.record(flat(scores))
+            self.save_model("checkpoint")
+        samples = self.predict(pick_rows(self.rows, per_kind=6, seed=self.config.seed))
+        best, worst = measurement.extremes(6)
+        extremes = self.predict(self.rows.select([*best, *worst]))
         if not self.accelerator.is_main_process:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if not self.config.eval_only:
-            self.accelerator.unwrap_model(self.model).save_pretrained(self.output_dir / "checkpoint")
-            self.processor.save_pretrained(self.output_dir / "checkpoint")
-        expected = self.rows.with_format(None)["sent_id"]
-        scores = {name: accumulator.compute(expected=expected) for name, accumulator in measured.items()}
-        if not self.config.eval_only:
-            self.record(scores["model"])
-        summary = {
-            "gres": scores["model"],
-            "baselines": {"always empty": always_empty(scores.pop("model")), **scores},
-            "breakdown": measured["model"].breakdown(),
-            "train": self._training_summary(),
-        }
+        summary = {**scores, **measurement.details(), "train": self._training_summary()}
         report.write_text(self.output_dir / "metrics.json", json.dumps(summary, indent=2) + "\n")
-        samples = self.predict(pick_rows(self.rows, per_kind=6, seed=self.config.seed))
         report.draw_predictions(samples, self.output_dir / "predictions.png")
+        report.draw_predictions(extremes, self.output_dir / "best_and_worst.png")
         if self.progress.history:
             report.draw_learning_curve(self.progress.history, self.output_dir / "learning_curve.png")
         page = report.run_page(summary, dataclasses.asdict(self.config), len(self.rows))
         report.write_text(self.output_dir / "report.md", page)
         print(page)
+        if not self.config.eval_only:
+            self.write_card(summary)
+            self.upload("End of training")
+
+    def upload(self, message: str) -> None:
+        """Send the model's folder to the Hub, where `push_to_hub` asks for that."""
+        if not (self.config.push_to_hub and self.accelerator.is_main_process):
+            return
+        try:
+            HfApi().upload_folder(
+                repo_id=self.repository, folder_path=self.output_dir / "checkpoint", commit_message=message
+            )
+        except (OSError, HfHubHTTPError) as error:
+            raise Stopped(
+                f"the upload to {self.repository} failed ({' '.join(str(error).split())}); the model is whole in "
+                f"{self.output_dir / 'checkpoint'}: run `hf upload {self.repository} {self.output_dir / 'checkpoint'}`"
+            ) from error
+
+    def write_card(self, summary: dict[str, dict]) -> None:
+        """The model's card, beside the model."""
+        if not self.accelerator.is_main_process:
+            return
+        name = self.repository or self.hub_id()
+        card = model_card(name, self.model_config.model_type, dataclasses.asdict(self.config), summary, len(self.rows))
+        report.write_text(self.output_dir / "checkpoint" / "README.md", card)
+
+    def hub_id(self) -> str:
+        """Name of the Hub repository: what the flag says, or that of output_dir."""
+        return self.config.hub_model_id or self.output_dir.resolve().name
 
     def _training_summary(self) -> dict[str, float]:
-        sentences = self.progress.step * self.config.per_device_train_batch_size * self.accelerator.num_processes
-        sentences *= self.config.gradient_accumulation_steps
+        progress, config = self.progress, self.config
+        sentences = progress.step * config.per_device_train_batch_size * self.accelerator.num_processes
         return {
-            "steps": self.progress.step,
-            "sentences": sentences,
-            "seconds": round(self.progress.seconds, 1),
+            "steps": progress.step,
+            "sentences": sentences * config.gradient_accumulation_steps,
+            "seconds": round(progress.seconds, 1),
+            "waiting": round(progress.waiting / max(progress.seconds, 1e-9), 4),
+            "skipped": progress.skipped,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
-
-
-def always_empty(scores: dict[str, float]) -> dict[str, float]:
-    """What answering "none" to every sentence scores, for the set that `scores` are of."""
-    nothing = dict.fromkeys(("cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"), 0.0)
-    return {"gIoU": scores["always_empty/gIoU"], "N_acc": 1.0, **nothing}
 
 
 def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
@@ -558,42 +525,15 @@ def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
     return rows.select(np.concatenate([random.permutation(kind)[:per_kind] for kind in kinds]).tolist())
 
 
-def seal(folder: Path) -> None:
-    """Force every file of a checkpoint to disk and write manifest.json with their sha256."""
-    hashes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(folder))] = hashlib.sha256(file.read()).hexdigest()
-            os.fsync(file.fileno())
-    with (folder / "manifest.json").open("w") as file:
-        json.dump(hashes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    flush(folder)
-
-
-def broken_seal(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is as it was sealed."""
-    try:
-        hashes = json.loads((folder / "manifest.json").read_text())
-        for name, sha256 in hashes.items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                return f"{name} is damaged"
-    except (OSError, ValueError) as error:
-        return f"it is incomplete ({error})"
-    return None
-
-
-def flush(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def vision_only(batch: dict[str, object]) -> dict[str, object]:
     """The part of a batch that trains the vision trunk to name categories, without any sentence."""
     return {"pixel_values": batch["pixel_values"], "labels": {"categories": batch["labels"]["categories"]}}
+
+
+def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """One level of names: those of GRES as they are, those of GREC after "grec/"."""
+    grec = {f"grec/{name}": value for name, value in scores.get("grec", {}).items()}
+    return {**scores.get("gres", {}), **grec}
 
 
 def _scalars(values: dict[str, object]) -> dict[str, object]:
@@ -602,22 +542,31 @@ def _scalars(values: dict[str, object]) -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; bad input ends it with one line and exit code 2, a signal with the code the shell expects."""
+    """The command line; what cannot be done ends in one line and exit code 2, a signal with the code shells expect."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         run = Run(parse_config(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    if not run.config.eval_only:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, run.stop)
-        run.train()
-    if run.stop_signal is not None:
-        run.save_checkpoint()
-        print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest goes on from there")
-        sys.exit(128 + run.stop_signal)
-    run.finish(run.measure())
+        if not run.config.eval_only:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, run.stop)
+    except (ValueError, OSError, HfHubHTTPError) as error:
+        _fail(error)
+    try:
+        if not run.config.eval_only:
+            run.train()
+        if run.stop_signal is not None:
+            run.save_checkpoint()
+            print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest goes on from there")
+            sys.exit(128 + run.stop_signal)
+        run.finish()
+    except Stopped as stopped:
+        _fail(stopped)
     run.accelerator.end_training()
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class RelaConfig(PreTrainedConfig):
 
     model_type = "rela"
     sub_configs = {"text_config": BertConfig}
+    keys_to_ignore_at_inference = ("loss_terms", "minimap_logits", "category_logits")  # by Trainer
 
     text_config: dict | PreTrainedConfig | None = None
     """The BERT encoder; None is bert-base-uncased's configuration."""

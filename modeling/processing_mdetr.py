@@ -91,6 +91,20 @@ class MdetrProcessor(RelaProcessor):
         kept = scores.double() >= threshold
         return [{name: value[b][kept[b]] for name, value in found.items()} for b in range(len(boxes))]
 
+    def post_process_referring_detection(
+        self,
+        outputs: object,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        threshold: float = 0.7,
+    ) -> list[dict[str, object]]:
+        """As `post_process_grec`, under the name and with the answer that `RelaProcessor` has for boxes too.
+
+        Returns:
+            for each sentence {"boxes", "scores", "no_target"}: no target where no box is kept.
+        """
+        answers = self.post_process_grec(outputs, threshold, target_sizes)
+        return [{**answer, "no_target": not len(answer["boxes"])} for answer in answers]
+
 
 class MdetrCollator:
     """Expression rows of `grefcoco.load` to a training batch; rows about the same image share its pixels.
@@ -129,6 +143,7 @@ class MdetrCollator:
             "boxes": boxes,
             "positive_map": positive_map,
             "num_targets": torch.tensor([len(found) for found in targets]),
+            "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
         }
         return {**batch, "labels": labels}
 

@@ -151,8 +151,9 @@ class RelaCollator:
         self.text_column = text_column
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, object]:
-        """Batch of `RelaModel.forward` inputs with `labels`: "masks" (B, H, W) uint8, "no_target" (B,) bool, and with
-        `category_ids` "categories" (images, H, W) int64, 0 for none and -100 for crowds."""
+        """Batch of `RelaModel.forward` inputs with `labels`: "masks" (B, H, W) uint8, "no_target" (B,) bool, "sent_id"
+        (B,), -1 where rows have none, and with `category_ids` "categories" (images, H, W) int64, 0 for none and -100
+        for crowds."""
         first = {}
         for row in rows:
             first.setdefault(row["image_id"], row)
@@ -167,6 +168,7 @@ class RelaCollator:
         labels = {
             "masks": torch.from_numpy(masks),
             "no_target": torch.tensor([bool(row["no_target"]) for row in rows]),
+            "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
         }
         if self.category_index:
             categories = np.stack([self._categories(row["objects"], shape) for row in first.values()])

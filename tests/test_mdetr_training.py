@@ -31,7 +31,7 @@ def test_every_parameter_is_in_one_group(model: MdetrModel) -> None:
 
 def test_rates_over_the_training(model: MdetrModel) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model))
-    schedule = fine_tuning_schedule(optimizer, num_steps=500, drop_step=300)
+    schedule = fine_tuning_schedule(optimizer, num_steps=500, decay_steps=[300])
     rates = []
     for _ in range(501):
         rates.append([group["lr"] for group in optimizer.param_groups])

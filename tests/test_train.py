@@ -14,6 +14,10 @@ from safetensors.torch import load_file
 
 import train
 from demo.scenes import write_scenes
+from grefcoco_data.sampling import SentenceBatchSampler
+from modeling.configuration_mdetr import MdetrConfig
+from modeling.configuration_rela import RelaConfig
+from modeling.training_rela import parameter_groups, rate_factor, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -54,7 +58,8 @@ def tiny(dataset: Path, out: Path, **flags: object) -> list[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_only_what_exists(path):
     config = train.parse_config([str(path), "--dataset", "x"])
-    train.RelaConfig(**config.model)
+    fields = dict(config.model)
+    {"rela": RelaConfig, "mdetr": MdetrConfig}[fields.pop("model_type", "rela")](**fields)
 
 
 def test_flags_win_over_the_recipe():
@@ -97,19 +102,18 @@ def test_a_missing_data_set_is_one_clear_line(tmp_path):
 
 def test_an_epoch_holds_each_sentence_once_in_groups_of_one_image():
     image_ids = np.repeat(np.arange(12), 6)
-    sampler = train.SentenceBatchSampler(image_ids, 12, 3, seed=1, rank=0, world_size=1)
-    batches = iter(sampler)
-    epoch = [next(batches) for _ in range(6)]
-    assert sorted(np.concatenate(epoch)) == list(range(72))
-    assert all(len(set(image_ids[batch])) <= 4 for batch in epoch)
-    assert sorted(np.concatenate([next(batches) for _ in range(6)])) == list(range(72))
+    batches = iter(SentenceBatchSampler(image_ids, 12, 3, seed=1, rank=0, world_size=1))
+    epochs = [[next(batches) for _ in range(6)] for _ in range(2)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(key for batch in epoch for key in batch) == [(number, index) for index in range(72)]
+        assert all(len({image_ids[index] for _, index in batch}) <= 4 for batch in epoch)
 
 
 def test_processes_share_the_global_batch_and_a_start_is_a_step():
     image_ids = np.repeat(np.arange(10), 4)
-    whole = iter(train.SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1))
-    halves = [train.SentenceBatchSampler(image_ids, 4, 2, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
-    started = train.SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1, start=7)
+    whole = iter(SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1))
+    halves = [SentenceBatchSampler(image_ids, 4, 2, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    started = SentenceBatchSampler(image_ids, 8, 2, seed=3, rank=0, world_size=1, start=7)
     parts = [iter(half) for half in halves]
     seen = [next(whole) for _ in range(9)]
     assert seen == [next(parts[0]) + next(parts[1]) for _ in range(9)]
@@ -117,31 +121,37 @@ def test_processes_share_the_global_batch_and_a_start_is_a_step():
 
 
 def test_word_tokenizer_knows_frequent_words_and_spells_the_others():
-    tokenizer = train.word_tokenizer(["The red circle.", "the red star", "a redd star"], max_words=3)
+    tokenizer = word_tokenizer(["The red circle.", "the red star", "a redd star"], max_words=3)
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("the red, circle zed")["input_ids"])
     assert tokens == ["[CLS]", "the", "red", "[UNK]", "c", "##i", "##r", "##c", "##l", "##e", "[UNK]", "[SEP]"]
     assert tokenizer.pad_token_id == 0
-    again = train.word_tokenizer(["a redd star", "the red star", "The red circle."], max_words=3)
+    again = word_tokenizer(["a redd star", "the red star", "The red circle."], max_words=3)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_learning_rates():
-    cosine = train.TrainConfig(
-        dataset="x", lr_scheduler_type="cosine", max_train_steps=100, lr_warmup_steps=10, learning_rate=1.0
-    )
-    rates = [train.learning_rate(cosine, step) for step in range(100)]
+    rates = [rate_factor("cosine", step, 100, warmup_steps=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(rates[9], rel=0.03) and rates[-1] < 1e-3
-    step = train.TrainConfig(dataset="x", learning_rate=1.0, lr_decay_steps=[5, 8])
-    assert [train.learning_rate(step, s) for s in (4, 5, 8)] == pytest.approx([1.0, 0.1, 0.01])
+    again = [rate_factor("constant", step, 100, warmup_steps=4, restart=50) for step in (0, 3, 49, 50, 53)]
+    assert again == [0.25, 1, 1, 0.25, 1]
+    assert [rate_factor("step", s, 9, decay_steps=[5, 8]) for s in (4, 5, 8)] == pytest.approx([1.0, 0.1, 0.01])
 
 
-def test_norms_biases_and_tables_are_not_decayed():
+def test_norms_embeddings_and_tables_are_not_decayed_but_berts_norms_are():
     model = torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2), "norm": torch.nn.LayerNorm(2)})
-    model["token_embedding"] = torch.nn.Embedding(3, 2)
-    decayed, kept = train.parameter_groups(model, 0.1)
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
-    assert [id(p) for p in decayed["params"]] == [id(model["fc"].weight)]
+    model["token"], model["text_encoder"] = torch.nn.Embedding(3, 2), torch.nn.LayerNorm(2)
+    model["fc"].relative_position_bias_table = torch.nn.Parameter(torch.zeros(2, 2))
+    decayed, kept = parameter_groups(model, 1.0, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0)
+    expected = [model["fc"].weight, model["fc"].bias, *model["text_encoder"].parameters()]
+    assert {*map(id, decayed["params"])} == {*map(id, expected)}
     assert len(kept["params"]) == 4
+
+
+def test_towers_have_rates_of_their_own():
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2), "tower": torch.nn.Linear(2, 2)})
+    groups = parameter_groups(model, 1.0, 0.1, {"tower": 0.5})
+    assert {group["lr"]: len(group["params"]) for group in groups} == {1.0: 2, 0.5: 2}
 
 
 @pytest.fixture(scope="module")

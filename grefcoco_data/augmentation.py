@@ -1,0 +1,230 @@
+"""Training rows made harder and more varied: flips, colours, sizes, and sentences that become untrue of their image.
+
+Functions take and give expression rows as `grefcoco.load` does (with `objects`), and leave the given row alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from PIL import Image, ImageEnhance
+from pycocotools import mask as coco_mask
+
+COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray", "grey"]
+# the sides, but for an adverb ("right behind her", not "on the right behind her")
+SIDE = re.compile(
+    r"(?P<adverb>(?<!the )(?<!far )(?<!on )(?<!top )(?<!bottom )\bright (?:behind|above|below|under|next|in front)\b)"
+    r"|\b(?P<side>left|right)(?=\b|most|side|hand)",
+    re.IGNORECASE,
+)
+FILL = (124, 116, 104)  # the mean colour that models subtract
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training rows are varied; everything is off by default, as published.
+
+    Args:
+        hard_negatives: share of the sentences that become no-target, by a colour or a category that is swapped for
+            another, or else by a sentence about things that the image does not have.
+        flip: probability that an image is mirrored; "left" and "right" trade places in its sentences.
+        colour: brightness, contrast and saturation are multiplied with up to 1 +- this.
+        scale: images are shrunk or magnified by up to 1 +- this; no object is cut.
+    """
+
+    hard_negatives: float = 0.0
+    flip: float = 0.0
+    colour: float = 0.0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"augmentation: {field.name} is {value!r}; it must be a number from 0 to 1")
+
+    @property
+    def active(self) -> bool:
+        return any(getattr(self, field.name) for field in fields(self))
+
+    def __call__(self, rows: Sequence[dict], donors: Donors, seed: int, epoch: int) -> list[dict]:
+        """Varied copies of rows; random numbers depend on (seed, epoch, image or sentence), never on the batch."""
+        images: dict[int, _View] = {}
+        varied = []
+        for row in rows:
+            if row["image_id"] not in images:
+                random = np.random.default_rng((seed, epoch, row["image_id"] & 0xFFFFFFFF))
+                images[row["image_id"]] = _View(row, self, random)
+            row = images[row["image_id"]].apply(row)
+            random = np.random.default_rng((seed, epoch, row["sent_id"] & 0xFFFFFFFF, 1))
+            if not row["no_target"] and random.random() < self.hard_negatives:
+                row = untrue(row, donors, random) or row
+            varied.append(row)
+        return varied
+
+
+class Donors:
+    """Sentences to borrow from, with the categories they speak of.
+
+    Args:
+        sentences, raw: of every expression.
+        category_ids: the categories of its targets; expressions without any are never borrowed.
+        image_ids: the image it is about: a swapped sentence that is said of the image already may be true.
+    """
+
+    def __init__(
+        self, sentences: Sequence[str], raw: Sequence[str], category_ids: Sequence[Sequence[int]], image_ids: Sequence
+    ) -> None:
+        self.sentences, self.raw, self.category_ids = sentences, raw, category_ids
+        self.said: dict[int, set[str]] = {}
+        for image_id, sentence in zip(image_ids, sentences):
+            self.said.setdefault(image_id, set()).add(sentence)
+
+    def borrow(self, present: set[int], random: np.random.Generator, tries: int = 30) -> tuple[str, str] | None:
+        """(sentence, raw) about categories none of which is `present`; None when there seems to be none."""
+        for index in random.integers(len(self.sentences), size=tries).tolist():
+            categories = self.category_ids[index]
+            if len(categories) and present.isdisjoint(categories):
+                return self.sentences[index], self.raw[index]
+        return None
+
+
+def untrue(row: dict, donors: Donors, random: np.random.Generator) -> dict | None:
+    """The row with a sentence that refers to nothing in its image, or None when no such sentence is found.
+
+    A swapped colour is the hard kind, and may by chance be true of something nobody spoke of; a sentence about absent
+    categories is surely untrue, as far as the annotations are complete.
+    """
+    present = {item["category_id"] for item in row["objects"]}
+    swapped = swap_colour(row["sentence"], random) if random.random() < 0.5 else None
+    if swapped is not None and swapped not in donors.said.get(row["image_id"], ()):
+        sentence, raw = swapped, swapped
+    elif (borrowed := donors.borrow(present, random)) is not None:
+        sentence, raw = borrowed
+    else:
+        return None
+    empty = _encode(np.zeros((row["height"], row["width"]), np.uint8))
+    nothing = {name: [] for name in ("ann_ids", "category_ids", "boxes", "masks") if name in row}
+    return {**row, **nothing, "sentence": sentence, "raw": raw, "no_target": True, "mask": empty}
+
+
+def swap_colour(sentence: str, random: np.random.Generator) -> str | None:
+    """The sentence with one of its colours exchanged for another; None when it names no colour."""
+    words = sentence.split(" ")
+    places = [i for i, word in enumerate(words) if word.strip(".,").lower() in COLOURS]
+    if not places:
+        return None
+    place = int(random.choice(places))
+    old = words[place].strip(".,")
+    named = {word.strip(".,").lower() for word in words} | ({"gray", "grey"} if "gr" in old.lower() else set())
+    new = str(random.choice([colour for colour in COLOURS[:-1] if colour not in named]))
+    words[place] = words[place].replace(old, new)
+    return " ".join(words)
+
+
+def swap_sides(sentence: str) -> str:
+    """The sentence for the mirrored image: left for right and right for left, in any spelling."""
+
+    def other(match: re.Match) -> str:
+        if match["adverb"]:
+            return match["adverb"]
+        new = "right" if match["side"].lower() == "left" else "left"
+        return new.upper() if match["side"].isupper() else new.capitalize() if match["side"][0].isupper() else new
+
+    return SIDE.sub(other, sentence)
+
+
+class _View:
+    """How one image is seen in one epoch: mirrored or not, its colours, its size and place on the canvas."""
+
+    def __init__(self, row: dict, options: Augmentation, random: np.random.Generator) -> None:
+        self.size = row["width"], row["height"]
+        self.mirrored = random.random() < options.flip
+        self.colours = random.uniform(1 - options.colour, 1 + options.colour, 3) if options.colour else None
+        # pixel x of the image lies at scale * x + shift of the canvas, which keeps the image's size
+        self.scale, self.shift = 1.0, (0, 0)
+        if options.scale:
+            self._place(row, random.uniform(1 - options.scale, 1 + options.scale), random.random(2))
+        self.image = self._picture(row["image"])
+        self.objects = [self._object(item) for item in row["objects"]]
+        self.by_id = {item["ann_id"]: item for item in self.objects}
+
+    def _place(self, row: dict, scale: float, place: np.ndarray) -> None:
+        """Choose the shift at random among those that keep every object whole; shrink `scale` where none does."""
+        boxes = np.array([item["bbox"] for item in row["objects"]], dtype=float).reshape(-1, 4)
+        size = np.array(self.size, dtype=float)
+        low = boxes[:, :2].min(0, initial=np.inf).clip(0, size)
+        high = (boxes[:, :2] + boxes[:, 2:]).max(0, initial=0.0).clip(0, size)
+        if not len(boxes):
+            low, high = size / 2, size / 2
+        scale = min(scale, *(size / np.maximum(high - low, 1))) if scale > 1 else scale
+        least, most = np.sort([np.maximum(size - scale * size, -scale * low), np.minimum(0, size - scale * high)], 0)
+        if scale <= 1:
+            least, most = np.zeros(2), size - scale * size
+        self.scale, self.shift = scale, tuple(np.round(least + place * (most - least)).astype(int).tolist())
+
+    def _picture(self, image: Image.Image) -> Image.Image:
+        if self.mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.colours is not None:
+            for enhancer, factor in zip(
+                (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), self.colours
+            ):
+                image = enhancer(image).enhance(factor)
+        return image if self.scale == 1.0 else self._on_canvas(image, Image.Resampling.BILINEAR, FILL)
+
+    def _on_canvas(self, image: Image.Image, resample: Image.Resampling, fill: tuple[int, ...] | int) -> Image.Image:
+        (width, height), (left, top) = self.size, self.shift
+        if self.mirrored:
+            left = width - round(self.scale * width) - left
+        resized = image.resize((round(self.scale * width), round(self.scale * height)), resample)
+        canvas = Image.new(image.mode, self.size, fill)
+        canvas.paste(resized, (left, top))
+        return canvas
+
+    def mask(self, rle: dict) -> np.ndarray:
+        """(height, width) uint8 of a mask as it lies in the view."""
+        mask = coco_mask.decode({"size": list(rle["size"]), "counts": rle["counts"]})
+        mask = mask[:, ::-1] if self.mirrored else mask
+        if self.scale == 1.0:
+            return mask
+        grey = self._on_canvas(Image.fromarray(np.ascontiguousarray(mask) * 255), Image.Resampling.BILINEAR, 0)
+        return (np.asarray(grey) >= 128).astype(np.uint8)
+
+    @property
+    def changes_place(self) -> bool:
+        return self.mirrored or self.scale != 1.0
+
+    def _object(self, item: dict) -> dict:
+        if not self.changes_place:
+            return item
+        x, y, w, h = item["bbox"]
+        (left, top), width = self.shift, self.size[0]
+        x = width - x - w if self.mirrored else x
+        left = width - round(self.scale * width) - left if self.mirrored else left
+        box = [self.scale * x + left, self.scale * y + top, self.scale * w, self.scale * h]
+        mask = _encode(self.mask(item["segmentation"]))
+        return {**item, "bbox": box, "segmentation": mask, "area": item["area"] * self.scale**2}
+
+    def apply(self, row: dict) -> dict:
+        """The row as seen."""
+        row = {**row, "image": self.image}
+        if not self.changes_place:
+            return row
+        targets = [self.by_id[ann_id] for ann_id in row["ann_ids"]]
+        if self.mirrored:
+            row |= {"sentence": swap_sides(row["sentence"]), "raw": swap_sides(row["raw"])}
+        return row | {
+            "objects": self.objects,
+            "boxes": [item["bbox"] for item in targets],
+            "masks": [item["segmentation"] for item in targets],
+            "mask": _encode(self.mask(row["mask"])),
+        }
+
+
+def _encode(mask: np.ndarray) -> dict[str, object]:
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(map(int, rle["size"])), "counts": rle["counts"].decode()}

@@ -1,0 +1,103 @@
+"""The Hub card of a trained model: how to use it, what it scores and what it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+
+from . import report
+
+SEGMENTS = """\
+```python
+from transformers import pipeline
+
+segment = pipeline("referring-segmentation", "{repository}", trust_remote_code=True)
+for answer in segment("picture.jpg", text=["the two people on the left", "the red bus"]):
+    print(answer["sentence"], "none" if answer["no_target"] else int(answer["mask"].sum()))
+```
+"""
+DETECTS = """\
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repository}", trust_remote_code=True)
+image = Image.open("picture.jpg")
+outputs = model(**processor(images=image, text="the two people on the left", return_tensors="pt"))
+print(processor.post_process_referring_detection(outputs, target_sizes=[(image.height, image.width)]))
+```
+"""
+NAMES = {"rela": "ReLA", "mdetr": "MDETR"}
+SHOWN = {
+    "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
+    "grec": ("F1_score", "N_acc", "T_acc"),
+}
+TASKS = {"gres": "image-segmentation", "grec": "object-detection"}
+
+
+def model_card(
+    repository: str, model_type: str, config: dict[str, object], summary: dict[str, dict], num_sentences: int
+) -> str:
+    """README.md of a model repository, with the scores in the Hub's model-index form.
+
+    Args:
+        repository: Hub id, or a name where the model has none yet.
+        model_type: "rela" or "mdetr".
+        config: of the run, by flag.
+        summary: what metrics.json holds; without scores before the end of the training.
+        num_sentences: that were measured.
+    """
+    dataset, revision = str(config["dataset"]), data_revision(str(config["dataset"]))
+    on_hub = not Path(dataset).is_dir()
+    name = dataset if on_hub else Path(dataset).name
+    results = [
+        EvalResult(
+            task_type=TASKS[task],
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=config["split"],
+            dataset_revision=revision,
+            metric_type=metric,
+            metric_name=f"{task.upper()} {metric}",
+            metric_value=summary[task][metric],
+        )
+        for task, metrics in SHOWN.items()
+        if task in summary
+        for metric in metrics
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation" if model_type == "rela" else "object-detection",
+        tags=["referring-expression", "gRefCOCO", "GRES" if model_type == "rela" else "GREC"],
+        datasets=[dataset] if on_hub else None,
+        model_name=repository.rpartition("/")[2],
+        eval_results=results or None,
+    )
+    usage = (SEGMENTS if model_type == "rela" else DETECTS).format(repository=repository)
+    recipe = yaml.safe_dump({key: value for key, value in config.items() if value not in (None, {}, [], False)})
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {repository.rpartition('/')[2]}\n",
+        f"{NAMES[model_type]} for generalised referring expressions: a sentence may refer to one thing in a picture, "
+        "to many, or to nothing there.\n",
+        usage,
+        *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
+        f"Trained on `{name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
+        "The code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have licences of "
+        "their own: what was trained on them is bound by these.\n",
+    ]
+    return "\n".join(parts)
+
+
+def data_revision(dataset: str) -> str:
+    """Which data this was: the commit of a Hub data set, or the hash of a built folder's report."""
+    folder = Path(dataset)
+    if not folder.is_dir():
+        return HfApi().dataset_info(dataset).sha
+    shards = json.loads((folder / "build.json").read_text(encoding="utf-8"))["shards"]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
