@@ -178,30 +178,29 @@ class Run:
         """Train from `progress.step` to `max_train_steps`, measuring, recording and saving along the way."""
         config, progress = self.config, self.progress
         batches = self.batches(progress.step * config.gradient_accumulation_steps)
-        bar = tqdm(
+        started, losses = time.perf_counter() - progress.seconds, []
+        with tqdm(
             total=config.max_train_steps,
             initial=progress.step,
             desc="train",
             unit="step",
             disable=not self.accelerator.is_main_process,
-        )
-        started, losses = time.perf_counter() - progress.seconds, []
-        while progress.step < config.max_train_steps and not self.stopping():
-            losses.append(self.train_step(batches))
-            progress.step += 1
-            progress.seconds = time.perf_counter() - started
-            bar.update()
-            last = progress.step == config.max_train_steps
-            if progress.step % LOGGING_STEPS == 0 or last:
-                loss = torch.stack(losses).nanmean().item()
-                losses.clear()
-                bar.set_postfix(loss=f"{loss:.3f}")
-                self.record({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
-            if progress.step % config.eval_steps == 0 and not last:
-                self.evaluate_and_record()
-            if progress.step % config.checkpointing_steps == 0 and not last:
-                self.save_checkpoint()
-        bar.close()
+        ) as bar:
+            while progress.step < config.max_train_steps and not self.stopping():
+                losses.append(self.train_step(batches))
+                progress.step += 1
+                progress.seconds = time.perf_counter() - started
+                bar.update()
+                last = progress.step == config.max_train_steps
+                if progress.step % LOGGING_STEPS == 0 or last:
+                    loss = torch.stack(losses).nanmean().item()
+                    losses.clear()
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    self.record({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
+                if progress.step % config.eval_steps == 0 and not last:
+                    self.evaluate_and_record()
+                if progress.step % config.checkpointing_steps == 0 and not last:
+                    self.save_checkpoint()
 
     def batches(self, start: int) -> Iterator[dict[str, object]]:
         """This process's batches from batch `start` on; those of the category warm-up hold one sentence an image."""
@@ -322,7 +321,8 @@ class Run:
             if self.accelerator.is_main_process:
                 picture = report.draw_predictions(samples)
                 for tracker in self.accelerator.trackers:
-                    tracker.log_images({"predictions": picture[None]}, step=self.progress.step)
+                    form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"predictions": picture[None]}, step=self.progress.step, **form)
 
     def save_model(self, name: str) -> None:
         """Write the model, or its running average, with its processor and code under output_dir/`name`, whole."""
@@ -466,6 +466,7 @@ class Run:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         summary = {**scores, **measurement.details(), "train": self._training_summary()}
+        summary["history"] = self.progress.history
         report.write_text(self.output_dir / "metrics.json", json.dumps(summary, indent=2) + "\n")
         report.draw_predictions(samples, self.output_dir / "predictions.png")
         report.draw_predictions(extremes, self.output_dir / "best_and_worst.png")

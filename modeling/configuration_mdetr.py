@@ -26,6 +26,8 @@ class MdetrConfig(PreTrainedConfig):
     """Channels of the four stages."""
     depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
     """Blocks in each of the four stages."""
+    freeze_stem: bool = True
+    """Keep the first convolution and the first stage as they are; False where nothing was pretrained."""
 
     # Joint encoder and decoder
     hidden_size: int = 256

@@ -15,13 +15,15 @@ class ResNet(nn.Module):
 
     def __init__(self, config: MdetrConfig) -> None:
         super().__init__()
+        self.freeze_stem = config.freeze_stem
         self.conv1 = FrozenConv(3, config.stem_channels, 7, stride=2)
         before = [config.stem_channels, *config.stage_channels[:3]]
         self.layers = nn.ModuleList(_stage(config, i, before[i]) for i in range(4))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) -> (images, channels, height / 32, width / 32), both rounded up."""
-        with torch.no_grad():  # not `requires_grad`, which does not survive `from_pretrained`
+        # not `requires_grad`, which does not survive `from_pretrained`
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_stem):
             x = self.conv1(pixel_values.contiguous(memory_format=torch.channels_last)).relu()
             x = self.layers[0](nn.functional.max_pool2d(x, 3, stride=2, padding=1))
         for layer in self.layers[1:]:

@@ -2,57 +2,25 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import train
-from demo.scenes import write_scenes
 from grefcoco_data.sampling import SentenceBatchSampler
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
 from modeling.training_rela import parameter_groups, rate_factor, word_tokenizer
+from tests.tiny_training import ROOT, make_dataset, run, tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_scenes(folder / "scenes", "easy", 0, {"train": 24, "val": 6, "testA": 3, "testB": 3}, size=64)
-    images = folder / "scenes" / "train2014"
-    command = ["build", "--annotations", folder / "scenes", "--images", images, "--out", folder / "built"]
-    done = run("grefcoco.py", *command)
-    assert done.returncode == 0, done.stderr
-    return folder / "built"
-
-
-def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, *map(str, command)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
-
-
-def tiny(dataset: Path, out: Path, **flags: object) -> list[str]:
-    """Arguments of a run that takes seconds, with drop-out on so that random numbers matter."""
-    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes = {"stem_channels": 8, "stage_channels": [8, 8, 16, 16], "pixel_decoder_size": 16, "mask_size": 16}
-    model = recipe["model"] | sizes | {"hidden_size": 16, "depths": [1, 1, 1, 1], "decoder_ffn_size": 16}
-    recipe |= {
-        "model": model | {"text_config": {**recipe["model"]["text_config"], **text, "hidden_dropout_prob": 0.1}}
-    }
-    recipe |= {"dataset": str(dataset), "output_dir": str(out), "image_size": 64, "report_to": "none"}
-    recipe |= {"max_train_steps": 8, "category_warmup_steps": 2, "per_device_train_batch_size": 8}
-    path = out.parent / f"{out.name}.yaml"
-    path.write_text(yaml.safe_dump(recipe | flags))
-    return [str(path)]
+    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -79,6 +47,13 @@ def test_flags_win_over_the_recipe():
         ("max_train_steps: 0\ndataset: x", "max_train_steps is 0; it must be at least 1"),
         ("seed: 1", "name a built folder or a Hub id with --dataset"),
         ("dataset: x\neval_only: true", "name it with --checkpoint"),
+        ("dataset: x\nmodel: {model_type: detr}", "model_type is 'detr'; choose one of rela, mdetr"),
+        ("dataset: x\nmodel: {model_type: mdetr, depth: 3}", "'depth' is not a field of MdetrConfig"),
+        ("dataset: x\naugmentation: {flips: 1}", "'flips' is none of hard_negatives, flip, colour, scale"),
+        ("dataset: x\naugmentation: {flip: 2}", "flip is 2; it must be a number from 0 to 1"),
+        ("dataset: x\naugmentation: flip", "augmentation is 'flip', which is not JSON"),
+        ("dataset: x\nema_decay: 1.5", "ema_decay is 1.5; it must be at least 0 and less than 1"),
+        ("dataset: x\nsplit: test", "test"),
     ],
 )
 def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset, capsys):

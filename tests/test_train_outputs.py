@@ -1,0 +1,224 @@
+"""What a training run computes and leaves: the same by any road to a global batch; a best model, pictures, a card."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from tests.hub_server import Hub
+from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
+
+MDETR = {
+    "model_type": "mdetr",
+    "stem_channels": 8,
+    "bottleneck_channels": [4, 4, 8, 8],
+    "stage_channels": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "ffn_size": 16,
+    "num_queries": 5,
+    "text_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def weights(out: Path, name: str = "checkpoint") -> dict[str, torch.Tensor]:
+    return load_file(out / name / "model.safetensors")
+
+
+def close(first: dict, second: dict, tolerance: float = 2e-5) -> bool:
+    return all(torch.allclose(first[name], second[name], rtol=1e-3, atol=tolerance) for name in first)
+
+
+def plain(dataset: Path, out: Path, **flags: object) -> list[str]:
+    """Arguments of a run without drop-out whose loss is a mean over sentences."""
+    (path,) = tiny(dataset, out, category_warmup_steps=0, category_supervision=False, max_train_steps=6, **flags)
+    recipe = yaml.safe_load(Path(path).read_text())
+    recipe["model"] |= {"class_weights": [1.0, 1.0]}
+    recipe["model"]["text_config"]["hidden_dropout_prob"] = 0.0
+    Path(path).write_text(yaml.safe_dump(recipe))
+    return [path]
+
+
+@pytest.fixture(scope="module")
+def one(dataset, tmp_path_factory):
+    """A run of one process with whole batches."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert train_here(*plain(dataset, out)) == 0
+    return out
+
+
+def loss(out: Path) -> float:
+    return json.loads((out / "metrics.json").read_text())["history"][0]["loss"]
+
+
+def test_accumulated_batches_are_one_batch(one, dataset, tmp_path):
+    out = tmp_path / "accumulated"
+    assert train_here(*plain(dataset, out, per_device_train_batch_size=2, gradient_accumulation_steps=4)) == 0
+    assert loss(out) == pytest.approx(loss(one), rel=1e-5)
+    assert close(weights(one), weights(out))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(one, dataset, tmp_path):
+    out = tmp_path / "two"
+    flags = plain(dataset, out, per_device_train_batch_size=4)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    done = run(*torchrun, *flags, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["train"]["sentences"] == 6 * 4 * 2, "the processes did not find each other"
+    assert loss(out) == pytest.approx(loss(one), rel=1e-5)
+    assert close(weights(one), weights(out))
+
+
+def test_checkpointed_activations_are_the_same(one, dataset, tmp_path):
+    assert train_here(*plain(dataset, tmp_path / "out"), "--gradient_checkpointing") == 0
+    assert close(weights(one), weights(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same(one, dataset, tmp_path):
+    assert train_here(*plain(dataset, tmp_path / "out"), "--torch_compile") == 0
+    assert close(weights(one), weights(tmp_path / "out"), 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_half_precision_trains(one, dataset, tmp_path, precision):
+    assert train_here(*plain(dataset, tmp_path / "out"), "--mixed_precision", precision) == 0
+    assert loss(tmp_path / "out") == pytest.approx(loss(one), rel=0.05)
+
+
+def test_the_running_average_is_what_is_measured_and_saved(one, dataset, tmp_path):
+    out = tmp_path / "out"
+    assert train_here(*plain(dataset, out, ema_decay=0.999)) == 0
+    start = train.Run(train.parse_config(plain(dataset, tmp_path / "start")))
+    first = {name: value.clone() for name, value in start.model.state_dict().items()}
+    moved = [(weights(one)[name] - first[name]).norm() for name in first if first[name].is_floating_point()]
+    averaged = [(weights(out)[name] - first[name]).norm() for name in first if first[name].is_floating_point()]
+    assert 0 < sum(averaged) < 0.02 * sum(moved)
+
+
+def test_frozen_parameters_stay(dataset, tmp_path):
+    out = tmp_path / "out"
+    assert train_here(*plain(dataset, out, frozen=["text_encoder."])) == 0
+    start = train.Run(train.parse_config(plain(dataset, tmp_path / "start")))
+    same = {name: torch.equal(value, weights(out)[name]) for name, value in start.model.state_dict().items()}
+    assert all(same[name] for name in same if name.startswith("text_encoder."))
+    assert not any(same[name] for name in same if name.startswith("region_decoder.layers.0.fc1"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A run with a tracker and a best model."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    flags = tiny(dataset, out, eval_steps=3, category_warmup_steps=0)
+    assert train_here(*flags, "--report_to", "tensorboard", "--metric_for_best_model", "gIoU") == 0
+    return out
+
+
+def test_the_best_model_is_kept(finished):
+    history = json.loads((finished / "metrics.json").read_text())["history"]
+    scores = [row["gIoU"] for row in history if "gIoU" in row]
+    assert len(scores) == 3
+    assert {"config.json", "model.safetensors", "modeling_rela.py"} <= {p.name for p in (finished / "best").iterdir()}
+
+
+def test_the_tracker_shows_scores_and_predictions(finished):
+    scalars, images = set(), set()
+    for path in finished.rglob("events.out*"):
+        tags = EventAccumulator(str(path)).Reload().Tags()
+        scalars |= set(tags["scalars"])
+        images |= set(tags["images"])
+    assert {"loss", "learning_rate", "gIoU", "N_acc"} <= scalars and images == {"predictions"}
+
+
+def test_pictures_show_predictions_and_extremes(finished):
+    for name in ("predictions.png", "best_and_worst.png", "learning_curve.png"):
+        with Image.open(finished / name) as picture:
+            assert (
+                min(picture.size) > 300 and len(set(picture.convert("L").resize((64, 64)).get_flattened_data())) > 30
+            )
+
+
+def test_the_card_holds_the_scores_the_recipe_and_the_data(finished, dataset):
+    card = ModelCard.load(finished / "checkpoint" / "README.md")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["gIoU"].metric_value == metrics["gres"]["gIoU"] and results["gIoU"].dataset_split == "val"
+    assert len(results["gIoU"].dataset_revision) == 16 and results["gIoU"].dataset_name == dataset.name
+    assert card.data.library_name == "transformers" and "max_train_steps: 8" in card.text
+    assert f"| **this model** | {metrics['gres']['gIoU']:.2f} |" in card.text
+
+
+def test_every_flag_has_a_help_text_and_a_user():
+    code = (ROOT / "train.py").read_text()
+    for flag in dataclasses.fields(train.TrainConfig):
+        assert len(flag.metadata["help"]) > 10
+        assert f"config.{flag.name}" in code, flag.name
+
+
+@pytest.fixture(scope="module")
+def mdetr(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mdetr"
+    flags = tiny(dataset, out, model=MDETR, category_warmup_steps=0, category_supervision=False, eval_steps=4)
+    assert train_here(*flags, "--ema_decay", 0.5, "--metric_for_best_model", "grec/F1_score") == 0
+    return out
+
+
+def test_mdetr_trains_and_is_measured_by_its_boxes(mdetr):
+    metrics = json.loads((mdetr / "metrics.json").read_text())
+    assert set(metrics["grec"]) == {"F1_score", "T_acc", "N_acc", "always_empty/F1_score"} and "gres" not in metrics
+    assert np.isfinite([row["loss"] for row in metrics["history"] if "loss" in row]).all()
+    page = (mdetr / "report.md").read_text()
+    assert "## GREC, split val, 36 sentences" in page and "GRES" not in page
+    card = ModelCard.load(mdetr / "checkpoint" / "README.md")
+    assert card.data.pipeline_tag == "object-detection"
+
+
+def test_mdetr_is_measured_again_the_same(mdetr, dataset, tmp_path):
+    flags = ["--eval_only", "--checkpoint", mdetr / "checkpoint", "--dataset", dataset, "--report_to", "none"]
+    assert train_here(*flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["grec"] == json.loads((mdetr / "metrics.json").read_text())["grec"]
+
+
+@pytest.mark.slow
+def test_a_run_uploads_a_model_that_others_can_use(dataset, tmp_path):
+    (tmp_path / "user").mkdir()
+    with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
+        flags = tiny(dataset, tmp_path / "out", checkpointing_steps=4, category_warmup_steps=0)
+        flags += ["--push_to_hub", "--hub_model_id", "me/rela", "--hub_strategy", "checkpoint"]
+        pushed = hub.python(ROOT, "train.py", *flags, token="hf_me", OMP_NUM_THREADS="1")
+        assert pushed.returncode == 0, pushed.stderr
+        repository = hub.repository("model", "me/rela")
+        assert {"README.md", "model.safetensors", "modeling_rela.py"} <= set(repository.files("main"))
+        code = "from transformers import pipeline, AutoModel\n"
+        code += "pipeline('referring-segmentation', 'me/rela', trust_remote_code=True)\n"
+        used = hub.python(tmp_path / "user", "-c", code, token=None, OMP_NUM_THREADS="1")
+        assert used.returncode == 0, used.stderr
+        refused = hub.python(ROOT, "train.py", *flags, token="hf_nobody", OMP_NUM_THREADS="1")
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
