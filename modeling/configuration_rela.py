@@ -120,6 +120,9 @@ class RelaConfig(PreTrainedConfig):
     """Weight of the instance masks' cross entropy and dice, in loss and (dice alone) matching."""
     relevance_loss_weight: float = 1.0
     """Weight of each layer's relevance loss; of the relevance's error in matching."""
+    relevance_positive_weight: float = 1.0
+    """Weight of targets against other objects in the relevance loss. With w, an object that is a target with
+    probability p learns to score w p / (w p + 1 - p): with 7/3, GREC's threshold 0.7 lies where p is one half."""
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 

@@ -10,7 +10,7 @@ import torch
 
 from modeling.boxes_rela import corners, generalized_iou
 from modeling.instances_rela import Choice, ObjectFinder, outside
-from modeling.loss_instances_rela import centre_map, match
+from modeling.loss_instances_rela import centre_map, instance_loss, match
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator, decode_mask
 from tests.tiny_rela import BETTER_LOSS, INSTANCES, RESNET, SWIN, expression_rows, tiny_config, tiny_processor
@@ -210,6 +210,31 @@ def test_matching_prefers_box_mask_and_relevance(batch: dict) -> None:
     objects.boxes[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="matching cost of image 0 is not finite"):
         match(objects, None, labels, index, model.config)
+
+
+def test_a_positive_weight_moves_the_score_of_an_even_chance_to_the_published_threshold(batch: dict) -> None:
+    model = tiny_model(relevance_positive_weight=7 / 3)
+    labels, index = batch["labels"], torch.arange(2)
+    labels = {**labels, "targets": torch.tensor([[True, True], [False, False]])}  # half of the objects are targets
+    objects = model.object_finder(model.vision_encoder.stages(batch["pixel_values"]))
+    objects = type(objects)(*(value.detach() for value in objects))
+    image, query, _ = match(objects, None, labels, index, model.config)
+    logit = torch.tensor(0.7).logit().requires_grad_()
+    relevance = torch.full((2, 6), -20.0)
+    relevance[image, query] = logit
+    loss, terms = instance_loss(objects, Choice([relevance], None), labels, index, model.config)
+    (gradient,) = torch.autograd.grad(terms["relevance"], logit)
+    assert loss.isfinite() and abs(gradient.item()) < 1e-4
+
+
+@pytest.mark.slow
+def test_exports(inputs: dict) -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        exported = torch.export.export(model, (), kwargs=inputs).module()(**inputs)
+    for name in INSTANCE_OUTPUTS:
+        torch.testing.assert_close(exported[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_centre_map_has_one_peak_per_object_and_no_padding() -> None:
