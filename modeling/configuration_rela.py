@@ -104,6 +104,29 @@ class RelaConfig(PreTrainedConfig):
     category_loss_weight: float = 1.0
     """Weight of the category loss, inside `loss_scale`."""
 
+    # Instance branch
+    num_instance_queries: int = 0
+    """Objects the instance branch looks for in an image; 0 builds no branch."""
+    instance_layers: int = 3
+    """Layers in which the found objects look at each other, at the words and at the regions."""
+    max_count: int = 5
+    """Largest number of targets the counting head tells apart; it means "so many or more"."""
+    centre_loss_weight: float = 1.0
+    """Weight of the loss of the map of object centres, like all below inside `loss_scale`."""
+    box_loss_weight: float = 5.0
+    """Weight of the boxes' L1 distance, in loss and matching."""
+    giou_loss_weight: float = 2.0
+    """Weight of the boxes' generalised IoU, in loss and matching."""
+    instance_mask_loss_weight: float = 1.0
+    """Weight of the instance masks' cross entropy and dice, in loss and (dice alone) matching."""
+    relevance_loss_weight: float = 1.0
+    """Weight of each layer's relevance loss; of the relevance's error in matching."""
+    relevance_positive_weight: float = 1.0
+    """Weight of targets against other objects in the relevance loss. With w, an object that is a target with
+    probability p learns to score w p / (w p + 1 - p): with 7/3, GREC's threshold 0.7 lies where p is one half."""
+    count_loss_weight: float = 0.0
+    """Weight of the counting loss; 0 builds no counting head."""
+
     def __post_init__(self, **kwargs) -> None:
         if self.text_config is None:
             self.text_config = BertConfig()

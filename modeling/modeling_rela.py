@@ -19,10 +19,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rela import RelaConfig
 from .convolution_rela import FrozenBatchNorm
-from .fusion_rela import LanguageGate, per_sentence
+from .fusion_rela import LanguageGate, full_precision, per_sentence
+from .instances_rela import Choice, InstanceChooser, ObjectFinder, Objects
+from .loss_instances_rela import instance_loss
 from .loss_rela import category_loss, referring_loss
 from .pixel_decoder_rela import DeformableAttention, PixelDecoder
-from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage
+from .region_decoder_rela import Heads, Prediction, RegionDecoder, RegionLanguage
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
 
@@ -36,11 +38,18 @@ class RelaOutput(ModelOutput):
 
     Args:
         loss: weighted sum, where labels were given.
-        loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category".
+        loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category", and the instance branch's
+            "centre", "box", "giou", "instance_mask", "relevance", "count".
         pred_masks: (B, 2, height / 4, width / 4) logits.
         no_target_logits: (B, 2).
         minimap_logits: (B, regions, 2).
         category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
+        pred_boxes: (B, queries, 4) cxcywh relative to the processed image, 0..1; like the four below where the model
+            has an instance branch.
+        pred_scores: (B, queries), the probability that the sentence refers to the object: relevance x (1 - no target).
+        relevance_logits: (B, queries), before the no-target verdict.
+        instance_masks: (B, queries, height / 4, width / 4) logits of each object's own mask.
+        count_logits: (B, max_count + 1), number of targets, the last meaning "so many or more"; with a counting head.
         text_hidden_state: (B, tokens, text channels).
         vision_hidden_states: backbone features at strides 4, 8, 16, 32, (B, channels, height, width); one per image
             instead of per sentence where the backbone ignores language.
@@ -56,6 +65,11 @@ class RelaOutput(ModelOutput):
     no_target_logits: torch.Tensor | None = None
     minimap_logits: torch.Tensor | None = None
     category_logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    pred_scores: torch.Tensor | None = None
+    relevance_logits: torch.Tensor | None = None
+    instance_masks: torch.Tensor | None = None
+    count_logits: torch.Tensor | None = None
     text_hidden_state: torch.Tensor | None = None
     vision_hidden_states: tuple[torch.Tensor, ...] | None = None
     pixel_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -70,7 +84,7 @@ class RelaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Loaded in half precision, these stay in fp32: rounding errors in words, sampling points and mask products grow on
     # their way to the mask, and together they are a fraction of the work.
-    _keep_in_fp32_modules_strict = ("text_encoder", "pixel_decoder", "heads")
+    _keep_in_fp32_modules_strict = ("text_encoder", "pixel_decoder", "heads", "object_finder", "instance_chooser")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,6 +108,8 @@ class RelaPreTrainedModel(PreTrainedModel):
             init.copy_(module.relative_position_index, relative_position_index(module.window))
         elif isinstance(module, RegionLanguage):
             init.zeros_(module.gate)
+        elif isinstance(module, InstanceChooser):
+            init.ones_(module.trust)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -102,12 +118,13 @@ class RelaPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, LanguageGate):
                 module.reset(published=self.config.language_gate == "published")
-            elif isinstance(module, DeformableAttention | Heads):
+            elif isinstance(module, DeformableAttention | Heads | ObjectFinder):
                 module.reset()
 
 
 class RelaModel(RelaPreTrainedModel):
-    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder and a region decoder."""
+    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder, a region decoder, and where the
+    configuration asks for them a category head and an instance branch."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__(config)
@@ -116,6 +133,8 @@ class RelaModel(RelaPreTrainedModel):
         self.pixel_decoder = PixelDecoder(config)
         self.region_decoder = RegionDecoder(config)
         self.category_head = CategoryHead(config) if config.num_categories else None
+        self.object_finder = ObjectFinder(config) if config.num_instance_queries else None
+        self.instance_chooser = InstanceChooser(config) if config.num_instance_queries else None
         self.post_init()
         self.vision_encoder.look_at_gates()
 
@@ -138,7 +157,8 @@ class RelaModel(RelaPreTrainedModel):
             image_index: (B,) which image each sentence is about; None when sentence b is about image b. The work that
                 depends on the image alone is done once per image.
             labels: "masks" (B, height, width) merged target; "no_target" (B,) bool; optional "categories" (images,
-                height, width) category index of each pixel, 0 for none and -100 to ignore.
+                height, width) category index of each pixel, 0 for none and -100 to ignore; optional, for the instance
+                branch, those described in loss_instances_rela.py.
             output_hidden_states: also return the text, backbone and pixel decoder features.
 
         Raises:
@@ -164,12 +184,23 @@ class RelaModel(RelaPreTrainedModel):
         levels, text = [x.to(dtype) for x in levels], text.to(dtype)
         predictions = self.region_decoder(levels, mask_features, text, attention_mask, every_layer)
         category_logits = self._categories(stages)
+        objects, choice = None, None
+        if self.object_finder is not None:
+            objects = self._objects(pixel_values, stages)
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                words = text.to(_dtype(self.instance_chooser))
+                choice = self.instance_chooser(
+                    objects, predictions[-1], mask_features, words, attention_mask, image_index
+                )
         loss, terms = None, None
         if labels is not None:
             loss, terms = referring_loss(predictions, labels["masks"], labels["no_target"], self.config)
             if "categories" in labels:
                 terms["category"] = self._category_loss(category_logits, labels["categories"])
                 loss = loss + self.config.category_loss_weight * terms["category"]
+            if objects is not None and "object_boxes" in labels:
+                part, found = instance_loss(objects, choice, labels, image_index, self.config)
+                loss, terms = loss + part, terms | found
             loss, terms = loss * self.config.loss_scale, {name: term.detach() for name, term in terms.items()}
         return RelaOutput(
             loss=loss,
@@ -178,6 +209,7 @@ class RelaModel(RelaPreTrainedModel):
             no_target_logits=predictions[-1].no_target,
             minimap_logits=predictions[-1].minimap,
             category_logits=category_logits,
+            **self._instances(objects, choice, predictions[-1], image_index),
             text_hidden_state=text if output_hidden_states else None,
             vision_hidden_states=tuple(features) if output_hidden_states else None,
             pixel_hidden_states=tuple(levels) if output_hidden_states else None,
@@ -185,17 +217,44 @@ class RelaModel(RelaPreTrainedModel):
         )
 
     def _vision_only(self, pixel_values: torch.Tensor, labels: dict[str, torch.Tensor] | None) -> RelaOutput:
-        if labels is None or "categories" not in labels:
+        labels, boxed = labels or {}, self.object_finder is not None and "object_boxes" in (labels or {})
+        if "categories" not in labels and not boxed:
             raise ValueError(
-                'input_ids is None: pass sentences, or labels["categories"] to train the vision trunk alone'
+                'input_ids is None: pass sentences, or labels["categories"] (or with an instance branch '
+                'labels["object_boxes"]) to train the vision trunk alone'
             )
-        logits = self._categories(self.vision_encoder.stages(pixel_values))
-        loss = self._category_loss(logits, labels["categories"])
-        return RelaOutput(
-            loss=loss * self.config.category_loss_weight * self.config.loss_scale,
-            loss_terms={"category": loss.detach()},
-            category_logits=logits,
-        )
+        stages = self.vision_encoder.stages(pixel_values.to(_dtype(self.vision_encoder)))
+        logits, loss, terms = self._categories(stages), pixel_values.new_zeros(()), {}
+        if "categories" in labels:
+            terms["category"] = self._category_loss(logits, labels["categories"])
+            loss = loss + self.config.category_loss_weight * terms["category"]
+        if boxed:
+            part, found = instance_loss(self._objects(pixel_values, stages), None, labels, None, self.config)
+            loss, terms = loss + part, terms | found
+        terms = {name: term.detach() for name, term in terms.items()}
+        return RelaOutput(loss=loss * self.config.loss_scale, loss_terms=terms, category_logits=logits)
+
+    def _objects(self, pixel_values: torch.Tensor, stages: list[torch.Tensor] | None) -> Objects:
+        """What is in the images, by a trunk that has not seen any sentence: where gates are open it runs once more."""
+        if stages is None:
+            stages = self.vision_encoder.stages(pixel_values.to(_dtype(self.vision_encoder)))
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return self.object_finder([x.to(_dtype(self.object_finder)) for x in stages])
+
+    def _instances(
+        self, objects: Objects | None, choice: Choice | None, regions: Prediction, image_index: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """What `RelaOutput` says of instances."""
+        if objects is None:
+            return {}
+        something = 1 - full_precision(regions.no_target).softmax(-1)[:, 1:]
+        return {
+            "pred_boxes": per_sentence(objects.boxes, image_index),
+            "pred_scores": full_precision(choice.relevance[-1]).sigmoid() * something,
+            "relevance_logits": choice.relevance[-1],
+            "instance_masks": per_sentence(objects.masks, image_index),
+            "count_logits": choice.counts,
+        }
 
     def _categories(self, stages: list[torch.Tensor] | None) -> torch.Tensor | None:
         return None if self.category_head is None or stages is None else self.category_head(stages)

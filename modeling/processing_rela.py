@@ -109,10 +109,7 @@ class RelaProcessor(ProcessorMixin):
         """
         margins = (outputs.pred_masks[:, 1] - outputs.pred_masks[:, 0]).float()
         scores = outputs.no_target_logits.float().softmax(-1)[:, 1].tolist()
-        canvas = tuple(4 * side for side in margins.shape[-2:])
-        sizes = [canvas] * len(margins) if target_sizes is None else [tuple(map(int, size)) for size in target_sizes]
-        if len(sizes) != len(margins):
-            raise ValueError(f"{len(sizes)} target_sizes for {len(margins)} sentences: pass one (height, width) each")
+        canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
         results = []
         for margin, size, score in zip(margins, sizes, scores, strict=True):
             mask = self._enlarge(margin, size, canvas).sigmoid() > threshold
@@ -124,6 +121,59 @@ class RelaProcessor(ProcessorMixin):
                 }
             )
         return results
+
+    def post_process_referring_detection(
+        self,
+        outputs: object,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None = None,
+        threshold: float = 0.7,
+        no_target_threshold: float = 0.5,
+    ) -> list[dict[str, object]]:
+        """Boxes, scores and masks of the objects each sentence refers to, for models with an instance branch.
+
+        The verdict is that of `post_process_referring_segmentation`, and where it is "none" there is no box. A
+        sentence with a target can be without boxes: none scored enough.
+
+        Args:
+            outputs: `RelaOutput` of B sentences.
+            target_sizes: B (height, width) in pixels; None for the processed size.
+            threshold: objects that score at least this are kept; 0.7 is GREC's published one.
+            no_target_threshold: a sentence has no target when its probability of that is greater.
+
+        Returns:
+            for each sentence {"boxes": (n, 4) x0, y0, x1, y1 in pixels, "scores": (n,) 0..1, best first, "masks": list
+            of n RLE {"size": [h, w], "counts": str}, "no_target": bool, "no_target_score": 0..1}.
+
+        Raises:
+            ValueError: when the model has no instance branch, or there are not as many sizes as sentences.
+        """
+        if "pred_boxes" not in outputs:
+            raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
+        canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
+        no_target = outputs.no_target_logits.float().softmax(-1)[:, 1].tolist()
+        results = []
+        for b, (size, none_score) in enumerate(zip(sizes, no_target, strict=True)):
+            scores, order = outputs.pred_scores[b].float().sort(descending=True)
+            kept = order[(scores.double() >= threshold) & (none_score <= no_target_threshold)]
+            masks = [self._enlarge(mask.float(), size, canvas) > 0 for mask in outputs.instance_masks[b, kept]]
+            results.append(
+                {
+                    "boxes": self._pixels(outputs.pred_boxes[b, kept].float(), size, canvas),
+                    "scores": scores[: len(kept)],
+                    "masks": [encode_mask(mask.cpu().numpy()) for mask in masks],
+                    "no_target": none_score > no_target_threshold,
+                    "no_target_score": none_score,
+                }
+            )
+        return results
+
+    def _pixels(self, boxes: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
+        """cxcywh relative to the processed image -> x0, y0, x1, y1 in pixels of the original, inside it."""
+        inner, outer = (canvas, canvas) if size == canvas else image_sizes(size, self.image_processor.size)
+        height, width = (side * out / part for side, out, part in zip(size, outer, inner, strict=True))
+        centre, side = (boxes * boxes.new_tensor([width, height] * 2)).split(2, dim=-1)
+        limit = boxes.new_tensor(size[::-1])
+        return torch.cat([(centre - side / 2).clamp(min=0), torch.minimum(centre + side / 2, limit)], dim=-1)
 
     def _enlarge(self, margin: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
         """Stride-4 logits (h, w) to `size`, leaving out what the image processor filled up."""
@@ -141,19 +191,28 @@ class RelaCollator:
         processor: makes the model inputs.
         category_ids: data set ids of the categories to supervise, index 1 first; empty for none.
         text_column: "sentence", or "raw" for the published input.
+        instances: label the images' objects for the instance branch. They are those of the column `objects`; where
+            rows have none, all that the batch's sentences about the image refer to.
     """
 
     def __init__(
-        self, processor: RelaProcessor, category_ids: Sequence[int] = (), text_column: str = "sentence"
+        self,
+        processor: RelaProcessor,
+        category_ids: Sequence[int] = (),
+        text_column: str = "sentence",
+        instances: bool = False,
     ) -> None:
         self.processor = processor
+        self.instances = instances
         self.category_index = {category: i + 1 for i, category in enumerate(category_ids)}
         self.text_column = text_column
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, object]:
         """Batch of `RelaModel.forward` inputs with `labels`: "masks" (B, H, W) uint8, "no_target" (B,) bool, "sent_id"
         (B,), -1 where rows have none, and with `category_ids` "categories" (images, H, W) int64, 0 for none and -100
-        for crowds."""
+        for crowds. With `instances` also N objects an image, padded with zeros: "object_boxes" (images, N, 4) cxcywh
+        relative to the processed image, "object_masks" (images, N, H / 4, W / 4) uint8, "num_objects" (images,),
+        "targets" (B, N) bool."""
         first = {}
         for row in rows:
             first.setdefault(row["image_id"], row)
@@ -170,9 +229,16 @@ class RelaCollator:
             "no_target": torch.tensor([bool(row["no_target"]) for row in rows]),
             "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
         }
+        wanted = first.values() if self.category_index or self.instances else ()
+        objects = [self._objects(rows, row) for row in wanted]
+        # an object's mask serves both the categories and the instances
+        resize = self.processor.image_processor.resize_mask
+        masks = [[resize(decode_mask(item["segmentation"])) for item in items] for items in objects]
         if self.category_index:
-            categories = np.stack([self._categories(row["objects"], shape) for row in first.values()])
-            labels["categories"] = torch.from_numpy(categories)
+            categories = [self._categories(*pair, shape) for pair in zip(objects, masks, strict=True)]
+            labels["categories"] = torch.from_numpy(np.stack(categories))
+        if self.instances:
+            labels |= self._instances(rows, list(first.values()), objects, masks, shape)
         return {**batch, "labels": labels}
 
     def _mask(self, row: dict, shape: tuple[int, int]) -> np.ndarray:
@@ -180,13 +246,62 @@ class RelaCollator:
             return np.zeros(shape, dtype=np.uint8)
         return self.processor.image_processor.resize_mask(decode_mask(row["mask"]))
 
-    def _categories(self, objects: Sequence[dict], shape: tuple[int, int]) -> np.ndarray:
+    def _categories(self, objects: Sequence[dict], masks: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """Category index per pixel, larger objects below smaller ones."""
         indices = np.zeros(shape, dtype=np.int64)
-        for item in sorted(objects, key=lambda item: -item["area"]):
-            mask = self.processor.image_processor.resize_mask(decode_mask(item["segmentation"]))
+        for item, mask in sorted(zip(objects, masks, strict=True), key=lambda pair: -pair[0]["area"]):
             indices[mask == 1] = -100 if item["iscrowd"] else self.category_index[item["category_id"]]
         return indices
+
+    def _objects(self, rows: Sequence[dict], row: dict) -> Sequence[dict]:
+        """The objects of a row's image: its own list, or all targets of the sentences about it."""
+        if "objects" in row or self.category_index:
+            return row["objects"]
+        found = {}
+        for other in rows:
+            if other["image_id"] == row["image_id"]:
+                for ann_id, box, mask in zip(other["ann_ids"], other["boxes"], other["masks"], strict=True):
+                    found[ann_id] = {"ann_id": ann_id, "bbox": box, "segmentation": mask}
+        return list(found.values())
+
+    def _instances(
+        self,
+        rows: Sequence[dict],
+        images: Sequence[dict],
+        objects: Sequence[Sequence[dict]],
+        masks: Sequence[Sequence[np.ndarray]],
+        shape: tuple[int, int],
+    ) -> dict[str, torch.Tensor]:
+        """The labels of the instance branch."""
+        most = max(1, *map(len, objects))
+        boxes = np.zeros((len(images), most, 4), dtype=np.float32)
+        small = np.zeros((len(images), most, *(-(-side // 4) for side in shape)), dtype=np.uint8)
+        places = {}
+        for i, (row, items) in enumerate(zip(images, objects, strict=True)):
+            inner, outer = image_sizes((row["height"], row["width"]), self.processor.image_processor.size)
+            scale = [inner[1] / row["width"] / outer[1], inner[0] / row["height"] / outer[0]] * 2
+            for j, item in enumerate(items):
+                x, y, width, height = item["bbox"]
+                boxes[i, j] = np.multiply([x + width / 2, y + height / 2, width, height], scale)
+                small[i, j] = _quarter(masks[i][j])
+                places[row["image_id"], item["ann_id"]] = j
+        targets = np.zeros((len(rows), most), dtype=bool)
+        for b, row in enumerate(rows):
+            targets[b, [places[row["image_id"], ann_id] for ann_id in row["ann_ids"]]] = True
+        return {
+            "object_boxes": torch.from_numpy(boxes),
+            "object_masks": torch.from_numpy(small),
+            "num_objects": torch.tensor([len(items) for items in objects]),
+            "targets": torch.from_numpy(targets),
+        }
+
+
+def _quarter(mask: np.ndarray) -> np.ndarray:
+    """(h, w) 0/1 -> (h / 4, w / 4): 1 where at least half of the area is."""
+    height, width = (-(-side // 4) * 4 for side in mask.shape)
+    padded = np.zeros((height, width), dtype=np.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    return padded.reshape(height // 4, 4, width // 4, 4).sum((1, 3)) >= 8
 
 
 def decode_mask(rle: dict) -> np.ndarray:
@@ -214,6 +329,19 @@ def _pair(sentences: int, images: int, image_index: Sequence[int] | None) -> Seq
             f"0..{images - 1} per sentence"
         )
     return image_index
+
+
+def _sizes(
+    pred_masks: torch.Tensor, target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """(height, width) of the processed image, and of each sentence's answer."""
+    canvas = tuple(4 * side for side in pred_masks.shape[-2:])
+    if target_sizes is None:
+        return canvas, [canvas] * len(pred_masks)
+    sizes = [tuple(map(int, size)) for size in target_sizes]
+    if len(sizes) != len(pred_masks):
+        raise ValueError(f"{len(sizes)} target_sizes for {len(pred_masks)} sentences: pass one (height, width) each")
+    return canvas, sizes
 
 
 def _resize(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Prediction(NamedTuple):
     masks: torch.Tensor  # (batch, 2, height / 4, width / 4)
     minimap: torch.Tensor  # (batch, regions, 2)
     no_target: torch.Tensor  # (batch, 2)
+    regions: torch.Tensor  # (batch, regions, hidden), what the three are made of
 
 
 class RegionDecoder(nn.Module):
@@ -150,7 +151,7 @@ class Heads(nn.Module):
             minimap = self.minimap(regions)
             target = minimap.transpose(1, 2) @ self.mask_embed(regions)  # (batch, 2, mask channels)
             masks = _mask_products(target, mask_features).unflatten(2, mask_features.shape[-2:])
-            return Prediction(masks, minimap, self.no_target(regions).mean(dim=1))
+            return Prediction(masks, minimap, self.no_target(regions).mean(dim=1), regions)
 
     @torch.no_grad()
     def visible(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import Pipeline, Trainer, TrainingArguments, pipeline
 
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator
-from tests.tiny_rela import BETTER_LOSS, expression_rows, tiny_config, tiny_processor
+from tests.tiny_rela import BETTER_LOSS, INSTANCES, expression_rows, tiny_config, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,20 @@ def test_pipeline_survives_saving(segment: Pipeline, picture: Image.Image, tmp_p
     assert (again(picture, text="red")["mask"] == segment(picture, text="red")["mask"]).all()
 
 
+def test_pipeline_gives_boxes_where_the_model_has_them(picture: Image.Image, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    RelaModel(tiny_config(**INSTANCES)).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    segment = pipeline("referring-segmentation", model=str(tmp_path), trust_remote_code=True)
+    options = {"box_threshold": 0.0, "no_target_threshold": 1.0}
+    answers = segment(picture, text=["the red square", "all squares"], **options)
+    for answer in answers:
+        assert answer["boxes"].shape == (6, 4) and len(answer["masks"]) == 6
+        assert (answer["boxes"][:, 2:] <= torch.tensor([50, 30])).all() and answer["masks"][0]["size"] == [30, 50]
+        assert answer["mask"].shape == (30, 50) and not answer["no_target"]
+    assert segment(picture, text="red", no_target_threshold=0.0)["boxes"].shape == (0, 4)
+
+
 def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows = expression_rows()
@@ -79,9 +93,9 @@ def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
         dataloader_pin_memory=False,
     )
     trainer = Trainer(
-        RelaModel(tiny_config(**BETTER_LOSS)),
+        RelaModel(tiny_config(**BETTER_LOSS, **INSTANCES)),
         arguments,
-        data_collator=RelaCollator(tiny_processor()),
+        data_collator=RelaCollator(tiny_processor(), instances=True),
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=tiny_processor(),

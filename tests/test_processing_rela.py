@@ -175,6 +175,97 @@ def test_small_objects_lie_on_large_ones_and_crowds_are_ignored() -> None:
     assert categories[0, 0] == 3 and categories[10, 10] == 1 and categories[35, 40] == -100
 
 
+def test_instances_are_labelled_on_request_and_nothing_else_changes() -> None:
+    rows, plain = expression_rows(), RelaCollator(tiny_processor(), category_ids=[10, 20])(expression_rows())
+    batch = RelaCollator(tiny_processor(), category_ids=[10, 20], instances=True)(rows)
+    labels = batch["labels"]
+    for name, value in {**plain, **plain["labels"]}.items():
+        if name != "labels":
+            torch.testing.assert_close(batch[name] if name in batch else labels[name], value, rtol=0, atol=0)
+    assert set(labels) - set(plain["labels"]) == {"object_boxes", "object_masks", "num_objects", "targets"}
+    assert labels["num_objects"].tolist() == [2, 2]
+    assert labels["targets"].tolist() == [[False, True], [False, False], [True, True], [True, False]]
+    torch.testing.assert_close(labels["object_boxes"][0, 0] * 64, torch.tensor([14.0, 18.0, 20.0, 20.0]))
+    assert labels["object_masks"].shape == (2, 2, 16, 16) and labels["object_masks"].dtype == torch.uint8
+    assert labels["object_masks"][0, 0].nonzero().amin(0).tolist() == [2, 1]
+    assert labels["object_masks"].sum((2, 3)).tolist() == [[25, 30], [32, 25]], "half a cell counts, a quarter not"
+
+
+def test_without_objects_the_sentences_targets_are_the_objects() -> None:
+    rows = [{name: value for name, value in row.items() if name != "objects"} for row in expression_rows()]
+    labels = RelaCollator(tiny_processor(), instances=True)(rows)["labels"]
+    assert labels["num_objects"].tolist() == [1, 2]
+    assert labels["targets"].tolist() == [[True, False], [False, False], [True, True], [True, False]]
+    nothing = RelaCollator(tiny_processor(), instances=True)([rows[1]])["labels"]
+    assert nothing["num_objects"].tolist() == [0] and nothing["object_boxes"].shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize("size", [{"height": 64, "width": 128}, {"longest_edge": 64}])
+def test_boxes_and_masks_go_there_and_back(size: dict[str, int]) -> None:
+    box, mask = [10.0, 3.0, 30.0, 15.0], np.zeros((30, 50), dtype=np.uint8)
+    mask[3:18, 10:40] = 1
+    row = {**expression_rows()[0], "image": Image.new("RGB", (50, 30)), "width": 50, "height": 30}
+    row["objects"] = [{"ann_id": 1, "bbox": box, "segmentation": encode_mask(mask)}]
+    row |= {"ann_ids": [1], "mask": encode_mask(mask)}
+    processor = tiny_processor(size=size)
+    labels = RelaCollator(processor, instances=True)([row])["labels"]
+    outputs = RelaOutput(
+        pred_masks=torch.zeros(1, 2, *labels["object_masks"].shape[2:]),
+        no_target_logits=torch.zeros(1, 2),
+        pred_boxes=labels["object_boxes"],
+        pred_scores=torch.ones(1, 1),
+        instance_masks=labels["object_masks"] * 20.0 - 10,
+    )
+    (answer,) = processor.post_process_referring_detection(outputs, [(30, 50)])
+    torch.testing.assert_close(answer["boxes"], torch.tensor([[10.0, 3.0, 40.0, 18.0]]), atol=1e-4, rtol=0)
+    found = decode_mask(answer["masks"][0])
+    assert found.shape == (30, 50) and (found & mask).sum() / (found | mask).sum() > 0.8
+
+
+def detections(scores: list[float], no_target: float = -9.0) -> RelaOutput:
+    """One sentence; boxes of the given scores side by side, each with its mask."""
+    n = len(scores)
+    boxes = torch.tensor([[[(i + 0.5) / n, 0.5, 1 / n, 0.5] for i in range(n)]])
+    masks = torch.full((1, n, 4, 4 * n), -5.0)
+    for i in range(n):
+        masks[0, i, 1:3, 4 * i : 4 * i + 4] = 5.0
+    return RelaOutput(
+        pred_masks=torch.zeros(1, 2, 4, 4 * n),
+        no_target_logits=torch.tensor([[0.0, no_target]]),
+        pred_boxes=boxes,
+        pred_scores=torch.tensor([scores]),
+        instance_masks=masks,
+    )
+
+
+def test_detections_are_sorted_cut_at_the_threshold_and_agree_with_their_masks() -> None:
+    processor = tiny_processor(size={"height": 16, "width": 48})
+    (answer,) = processor.post_process_referring_detection(detections([0.8, 0.69, 0.9]), [(32, 96)])
+    assert answer["scores"].tolist() == pytest.approx([0.9, 0.8]) and not answer["no_target"]
+    torch.testing.assert_close(answer["boxes"], torch.tensor([[64.0, 8.0, 96.0, 24.0], [0.0, 8.0, 32.0, 24.0]]))
+    for box, mask in zip(answer["boxes"], answer["masks"]):
+        ys, xs = decode_mask(mask).nonzero()
+        tight = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        torch.testing.assert_close(box, tight.float(), atol=2.0, rtol=0)
+    (all_three,) = processor.post_process_referring_detection(detections([0.8, 0.69, 0.9]), threshold=0.5)
+    assert len(all_three["boxes"]) == len(all_three["masks"]) == 3 and all_three["masks"][0]["size"] == [16, 48]
+
+
+def test_where_there_is_none_there_is_no_box() -> None:
+    processor, outputs = tiny_processor(size={"height": 16, "width": 48}), detections([0.8, 0.9, 0.1], no_target=2.0)
+    (answer,) = processor.post_process_referring_detection(outputs, [(32, 96)])
+    assert answer["no_target"] and answer["boxes"].shape == (0, 4)
+    assert answer["masks"] == [] and answer["scores"].shape == (0,)
+    (sure,) = processor.post_process_referring_detection(outputs, [(32, 96)], no_target_threshold=0.95)
+    assert not sure["no_target"] and len(sure["boxes"]) == 2
+    (unsure,) = processor.post_process_referring_detection(detections([0.1, 0.2, 0.3]), [(32, 96)])
+    assert not unsure["no_target"] and unsure["boxes"].shape == (0, 4)
+    with pytest.raises(ValueError, match="num_instance_queries"):
+        processor.post_process_referring_detection(outputs_of([1.0], [1.0]))
+    with pytest.raises(ValueError, match="2 target_sizes for 1 sentences"):
+        processor.post_process_referring_detection(outputs, [(5, 7)] * 2)
+
+
 def test_raw_sentences_can_be_the_input() -> None:
     rows = [{**row, "raw": "all squares"} for row in expression_rows()]
     batch = RelaCollator(tiny_processor(), text_column="raw")(rows)

@@ -48,6 +48,7 @@ SWIN = {
     "language_gate": "published",
 }
 RESNET = {"backbone": "resnet", "bottleneck_channels": 4, "language_fusion": False, "pixel_decoder_layers": 1}
+INSTANCES = {"num_instance_queries": 6, "instance_layers": 2, "count_loss_weight": 0.1}
 BETTER_LOSS = {"mask_loss": "bce_dice", "soft_minimap": True, "auxiliary_loss": True, "no_target_loss_weight": 1.0}
 
 
@@ -79,15 +80,27 @@ def expression_row(image_id: int, squares: list[tuple[str, tuple[int, int]]], te
         masks.append(np.zeros((64, 64), dtype=bool))
         masks[-1][y : y + 20, x : x + 20] = True
     objects = [
-        {"category_id": 10 * i + 10, "area": 400.0, "iscrowd": 0, "segmentation": encode_mask(mask)}
-        for i, mask in enumerate(masks)
+        {
+            "ann_id": 100 * image_id + i,
+            "category_id": 10 * i + 10,
+            "bbox": [float(x), float(y), 20.0, 20.0],
+            "area": 400.0,
+            "iscrowd": 0,
+            "segmentation": encode_mask(mask),
+        }
+        for i, (mask, (_, (x, y))) in enumerate(zip(masks, squares, strict=True))
     ]
     merged = np.logical_or.reduce([masks[i] for i in targets]) if targets else np.zeros((64, 64), dtype=bool)
     return {
         "image": Image.fromarray(pixels),
         "image_id": image_id,
+        "width": 64,
+        "height": 64,
         "sentence": text,
         "no_target": not targets,
+        "ann_ids": [objects[i]["ann_id"] for i in targets],
+        "boxes": [objects[i]["bbox"] for i in targets],
+        "masks": [objects[i]["segmentation"] for i in targets],
         "mask": encode_mask(merged),
         "objects": objects,
     }

@@ -1,0 +1,344 @@
+"""The instance branch: what must hold whatever the weights, and that it learns boxes."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.boxes_rela import corners, generalized_iou
+from modeling.instances_rela import Choice, ObjectFinder, outside
+from modeling.loss_instances_rela import centre_map, instance_loss, match
+from modeling.modeling_rela import RelaModel
+from modeling.processing_rela import RelaCollator, decode_mask
+from tests.tiny_rela import BETTER_LOSS, INSTANCES, RESNET, SWIN, expression_rows, tiny_config, tiny_processor
+
+BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
+REGION_OUTPUTS = ("pred_masks", "no_target_logits", "minimap_logits")
+INSTANCE_OUTPUTS = ("pred_boxes", "pred_scores", "relevance_logits", "instance_masks", "count_logits")
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict:
+    return RelaCollator(tiny_processor(), instances=True)(expression_rows())
+
+
+@pytest.fixture(scope="module")
+def inputs(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def tiny_model(seed: int = 0, **changes: object) -> RelaModel:
+    torch.manual_seed(seed)
+    return RelaModel(tiny_config(**{**INSTANCES, **changes}))
+
+
+@BACKBONES
+def test_outputs_have_the_documented_shapes(inputs: dict, changes: dict) -> None:
+    output = tiny_model(**changes)(**inputs)
+    shapes = [(4, 6, 4), (4, 6), (4, 6), (4, 6, 16, 16), (4, 6)]
+    assert [tuple(output[name].shape) for name in INSTANCE_OUTPUTS] == shapes
+    assert ((output.pred_boxes > 0) & (output.pred_boxes < 1)).all()
+    verdict = output.no_target_logits.softmax(-1)[:, 1:]
+    torch.testing.assert_close(output.pred_scores, output.relevance_logits.sigmoid() * (1 - verdict))
+
+
+@BACKBONES
+def test_a_branch_added_to_a_saved_model_changes_none_of_its_outputs(
+    inputs: dict, changes: dict, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    plain = RelaModel(tiny_config(**changes)).eval()
+    plain.save_pretrained(tmp_path)
+    model, report = RelaModel.from_pretrained(tmp_path, **INSTANCES, output_loading_info=True)
+    fresh = {name.split(".")[0] for name in report["missing_keys"]}
+    assert fresh == {"object_finder", "instance_chooser"} and not report["unexpected_keys"]
+    with torch.no_grad():
+        expected, found = plain(**inputs), model.eval()(**inputs)
+    for name in REGION_OUTPUTS:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+    assert "pred_boxes" not in expected and all(value.isfinite().all() for value in found.values())
+    # new weights start as those of a new model do
+    assert model.object_finder.centre.bias.item() == -4 and model.instance_chooser.trust.item() == 1
+    assert not model.object_finder.box[-1].weight.any()
+
+
+def test_regions_never_see_the_instances(inputs: dict) -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        before = model(**inputs)
+        for module in (model.object_finder, model.instance_chooser):
+            for parameter in module.parameters():
+                parameter.normal_()
+        after = model(**inputs)
+    for name in REGION_OUTPUTS:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, msg=name)
+    assert not torch.allclose(after.relevance_logits, before.relevance_logits)
+
+
+def test_objects_are_found_without_reading_but_chosen_by_reading(inputs: dict) -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        one = model(**inputs)
+        other = model(**{**inputs, "input_ids": inputs["input_ids"].flip(0)})
+    torch.testing.assert_close(one.pred_boxes, other.pred_boxes, rtol=0, atol=0)
+    torch.testing.assert_close(one.instance_masks, other.instance_masks, rtol=0, atol=0)
+    assert not torch.allclose(one.relevance_logits, other.relevance_logits)
+
+
+def test_open_gates_run_the_trunk_once_more_for_the_objects(inputs: dict) -> None:
+    model = tiny_model(**{**SWIN, "language_gate": "open"}).eval()
+    for gate in model.vision_encoder.gates:
+        torch.nn.init.normal_(gate.outer.weight)
+    model.eval()
+    with torch.no_grad():
+        output, other = model(**inputs), model(**{**inputs, "input_ids": inputs["input_ids"].flip(0)})
+    torch.testing.assert_close(output.pred_boxes, other.pred_boxes, rtol=0, atol=0)
+
+
+@BACKBONES
+def test_sentences_that_share_an_image_equal_one_by_one(inputs: dict, changes: dict) -> None:
+    model = tiny_model(**changes).eval()
+    with torch.no_grad():
+        together = model(**inputs)
+        for b, image in enumerate(inputs["image_index"]):
+            words = inputs["input_ids"][b][None], inputs["attention_mask"][b][None]
+            alone = model(inputs["pixel_values"][image][None], *words)
+            for name in INSTANCE_OUTPUTS:
+                torch.testing.assert_close(alone[name][0], together[name][b], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_padding_of_the_sentence_changes_nothing(inputs: dict) -> None:
+    model = tiny_model(region_language_mask=True).eval()
+    other = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)
+    with torch.no_grad():
+        expected, found = model(**inputs), model(**{**inputs, "input_ids": other})
+    torch.testing.assert_close(found.relevance_logits, expected.relevance_logits)
+
+
+def permuted(labels: dict, order: list[int]) -> dict:
+    changed = {name: labels[name][:, order] for name in ("object_boxes", "object_masks", "targets")}
+    return {**labels, **changed}
+
+
+def test_the_order_of_the_objects_changes_no_loss(batch: dict) -> None:
+    model = tiny_model().eval()
+    loss = model(**batch).loss
+    torch.testing.assert_close(model(**{**batch, "labels": permuted(batch["labels"], [1, 0])}).loss, loss)
+    wrong = {**batch["labels"], "targets": batch["labels"]["targets"].flip(1)}
+    assert not torch.allclose(model(**{**batch, "labels": wrong}).loss, loss), "other targets must cost something else"
+
+
+def test_padded_objects_change_no_loss(batch: dict) -> None:
+    model, labels = tiny_model().eval(), dict(batch["labels"])
+    for name, pad in {"object_boxes": (0, 0, 0, 3), "object_masks": (0, 0, 0, 0, 0, 3), "targets": (0, 3)}.items():
+        labels[name] = torch.nn.functional.pad(labels[name], pad)
+    torch.testing.assert_close(model(**{**batch, "labels": labels}).loss, model(**batch).loss)
+
+
+def test_images_without_objects_and_sentences_without_targets(batch: dict) -> None:
+    model, labels = tiny_model(), dict(batch["labels"])
+    labels["num_objects"] = torch.zeros_like(labels["num_objects"])
+    for name in ("object_boxes", "object_masks", "targets"):
+        labels[name] = torch.zeros_like(labels[name])
+    output = model(**{**batch, "labels": labels})
+    assert output.loss_terms["box"] == 0 and output.loss_terms["relevance"] > 0
+    output.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_more_objects_than_queries(batch: dict) -> None:
+    model = tiny_model(num_instance_queries=1)
+    output = model(**batch)
+    output.loss.backward()
+    assert output.pred_boxes.shape == (4, 1, 4) and output.loss.isfinite()
+
+
+@BACKBONES
+def test_every_parameter_learns(batch: dict, changes: dict) -> None:
+    model = tiny_model(**changes, loss_scale=1.0).train()
+    output = model(**batch)
+    terms = {"centre", "box", "giou", "instance_mask", "relevance", "count"}
+    assert terms <= output.loss_terms.keys() and output.loss < 30
+    output.loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    silent = {name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    # the boxes' last layer starts at zero and hides what lies before it for one step
+    assert {name for name in silent if name.startswith(("object_finder", "instance_chooser"))} <= {
+        "object_finder.box.0.weight",
+        "object_finder.box.0.bias",
+    }
+
+
+def test_vision_alone_learns_to_find_objects(batch: dict) -> None:
+    model = tiny_model(num_categories=0)
+    labels = {name: value for name, value in batch["labels"].items() if "object" in name}
+    output = model(batch["pixel_values"], labels=labels)
+    output.loss.backward()
+    assert model.vision_encoder.trunk.conv1.conv.weight.grad.abs().sum() > 0
+    assert model.instance_chooser.words.weight.grad is None
+    with pytest.raises(ValueError, match="input_ids is None"):
+        RelaModel(tiny_config())(batch["pixel_values"], labels=labels)
+
+
+def test_labels_without_objects_train_the_regions_alone(batch: dict) -> None:
+    model, plain = tiny_model(), {name: batch["labels"][name] for name in ("masks", "no_target")}
+    output = model(**{**batch, "labels": plain})
+    assert "box" not in output.loss_terms and output.loss < model(**batch).loss
+
+
+def test_matching_prefers_box_mask_and_relevance(batch: dict) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        output = model(**batch)
+    labels, index = batch["labels"], batch["image_index"]
+    objects = model.object_finder(model.vision_encoder.stages(batch["pixel_values"]))
+    objects = objects._replace(boxes=objects.boxes.detach().clone(), masks=torch.zeros_like(objects.masks))
+    objects.boxes[:, 3], objects.boxes[:, 1] = labels["object_boxes"][:, 0], labels["object_boxes"][:, 1]
+    image, query, item = match(objects, None, labels, index, model.config)
+    assert image.tolist() == [0, 0, 1, 1] and query.tolist() == [1, 3, 1, 3] and item.tolist() == [1, 0, 1, 0]
+    # two queries alike in their boxes: the better mask decides, then the better relevance
+    objects.boxes[:, 4] = objects.boxes[:, 3]
+    objects.masks[:, 4] = labels["object_masks"][:, 0] * 8.0 - 4
+    assert match(objects, None, labels, index, model.config)[1].tolist() == [1, 4, 1, 4]
+    objects.masks[:, 3] = objects.masks[:, 4]
+    relevance = torch.zeros_like(output.relevance_logits)
+    relevance[:, 3] = 8.0 * labels["targets"][:, 0] - 4
+    assert match(objects, Choice([relevance], None), labels, index, model.config)[1].tolist() == [1, 3, 1, 3]
+    objects.boxes[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="matching cost of image 0 is not finite"):
+        match(objects, None, labels, index, model.config)
+
+
+def test_a_positive_weight_moves_the_score_of_an_even_chance_to_the_published_threshold(batch: dict) -> None:
+    model = tiny_model(relevance_positive_weight=7 / 3)
+    labels, index = batch["labels"], torch.arange(2)
+    labels = {**labels, "targets": torch.tensor([[True, True], [False, False]])}  # half of the objects are targets
+    objects = model.object_finder(model.vision_encoder.stages(batch["pixel_values"]))
+    objects = type(objects)(*(value.detach() for value in objects))
+    image, query, _ = match(objects, None, labels, index, model.config)
+    logit = torch.tensor(0.7).logit().requires_grad_()
+    relevance = torch.full((2, 6), -20.0)
+    relevance[image, query] = logit
+    loss, terms = instance_loss(objects, Choice([relevance], None), labels, index, model.config)
+    (gradient,) = torch.autograd.grad(terms["relevance"], logit)
+    assert loss.isfinite() and abs(gradient.item()) < 1e-4
+
+
+@pytest.mark.slow
+def test_exports(inputs: dict) -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        exported = torch.export.export(model, (), kwargs=inputs).module()(**inputs)
+    for name in INSTANCE_OUTPUTS:
+        torch.testing.assert_close(exported[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_centre_map_has_one_peak_per_object_and_no_padding() -> None:
+    boxes = torch.tensor([[[0.25, 0.5, 0.4, 0.2], [0.8, 0.1, 0.1, 0.1]], [[0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
+    found = centre_map((2, 10, 20), {"object_boxes": boxes, "num_objects": torch.tensor([2, 1])})
+    assert (found[0] == 1).nonzero().tolist() == [[1, 16], [5, 5]]
+    assert (found[1] == 1).nonzero().tolist() == [[5, 10]] and found[1, 0, 0] < 0.01
+    assert found[0, 5, 6] > found[0, 6, 5], "the bell is as wide as its box"
+
+
+def test_peaks_come_before_their_slopes() -> None:
+    finder = ObjectFinder(tiny_config(**{**INSTANCES, "num_instance_queries": 3}))
+    centres = torch.full((1, 8, 8), -5.0)
+    centres[0, 2, 2], centres[0, 2, 3], centres[0, 6, 6] = 3.0, 2.0, 1.0
+    assert finder.peaks(centres)[0, :2].tolist() == [2 * 8 + 2, 6 * 8 + 6]
+
+
+def test_outside_is_zero_in_the_box_and_grows_by_half_sides() -> None:
+    distance = outside(torch.tensor([0.5, 0.5, 0.4, 0.2]), (10, 10))
+    assert (distance[4:6, 3:7] == 0).all() and (distance > 0).sum() == 100 - 8
+    assert distance[5, 9].item() == pytest.approx(0.45 / 0.2 - 1)
+
+
+def train(model: RelaModel, batch: dict, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["every object", "targets alone"])
+def test_overfits_four_sentences_until_boxes_are_right(listed: bool) -> None:
+    rows = expression_rows() if listed else [{k: v for k, v in r.items() if k != "objects"} for r in expression_rows()]
+    batch = RelaCollator(tiny_processor(), instances=True)(rows)
+    model = tiny_model(**BETTER_LOSS, loss_scale=1.0).train()
+    train(model, batch, 160)
+    with torch.no_grad():
+        outputs = model.eval()(**{**batch, "labels": None})
+    answers = tiny_processor().post_process_referring_detection(outputs, [(64, 64)] * 4)
+    for answer, row in zip(answers, rows, strict=True):
+        truth = torch.tensor(row["boxes"]).reshape(-1, 4)
+        truth[:, 2:] += truth[:, :2]
+        assert len(answer["boxes"]) == len(truth) and answer["no_target"] == row["no_target"]
+        overlap = generalized_iou(answer["boxes"][:, None], truth[None])
+        assert sorted((overlap > 0.7).nonzero()[:, 1].tolist()) == list(range(len(truth)))
+        merged = sum(decode_mask(mask) for mask in answer["masks"]) if len(truth) else 0
+        assert ((merged > 0) == decode_mask(row["mask"])).mean() > 0.95
+
+
+def test_saved_and_loaded_outputs_are_equal(inputs: dict, tmp_path: Path) -> None:
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    loaded = RelaModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, found = model(**inputs), loaded(**inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+SCRIPT = """
+import sys, torch
+from transformers import AutoModel, AutoProcessor
+folder, inputs, outputs = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    found = model(**torch.load(inputs))
+answers = AutoProcessor.from_pretrained(folder, trust_remote_code=True).post_process_referring_detection(found)
+torch.save({**found, "boxes": answers[0]["boxes"]}, outputs)
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_gives_identical_instances_elsewhere(inputs: dict, tmp_path: Path) -> None:
+    model, folder = tiny_model().eval(), tmp_path / "saved"
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=tmp_path, check=True)
+    found = torch.load(tmp_path / "outputs.pt")
+    with torch.no_grad():
+        expected = model(**inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_keep_the_branch_in_fp32(inputs: dict, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    half = RelaModel.from_pretrained(tmp_path, dtype=dtype)
+    for part in (half.object_finder, half.instance_chooser):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    with torch.no_grad():
+        rounded = half(**inputs)
+        with torch.autocast("cpu", dtype=dtype):
+            automatic = model(**inputs)
+        everything = copy.deepcopy(model).to(dtype)(**inputs)
+    for output in (rounded, automatic, everything):
+        assert output.pred_boxes.isfinite().all() and output.pred_scores.isfinite().all()
+    assert rounded.pred_boxes.dtype == automatic.pred_boxes.dtype == torch.float32
+
+
+def test_boxes_follow_corners() -> None:
+    torch.testing.assert_close(corners(torch.tensor([0.5, 0.5, 0.2, 0.4])), torch.tensor([0.4, 0.3, 0.6, 0.7]))
