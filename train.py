@@ -35,12 +35,11 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from pyarrow import compute
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import grefcoco
 from grefcoco_data import report
@@ -59,8 +58,7 @@ from modeling.training_state import aside, broken_seal, put, seal
 ROOT = Path(__file__).resolve().parent
 GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
 FAMILIES = {"rela": training_rela, "mdetr": training_mdetr}  # how each kind of model is made and trained
-COLUMNS = ["image", "image_id", "file_name", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
-COLUMNS += ["category_ids", "boxes", "masks", "mask", "objects"]
+COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
 LOGGING_STEPS = 50  # steps between records of the loss
 STOP_STEPS = 10  # steps between the moments at which several processes ask each other whether to stop
 MAX_SKIPPED = 20  # steps without a finite gradient, one after another, before a run gives up
@@ -69,16 +67,6 @@ logger = get_logger(__name__)
 
 class Stopped(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
-
-
-def category_ids(dataset: str, splits: list[str]) -> list[int]:
-    """All category ids that objects of these splits have, ascending."""
-    found: set[int] = set()
-    for split in splits:
-        objects = grefcoco.load(dataset, split=split, layout="image", columns=["objects"]).with_format("arrow")[:]
-        ids = compute.struct_field(compute.list_flatten(objects["objects"]), "category_id")
-        found.update(compute.unique(ids).to_pylist())
-    return sorted(found)
 
 
 @dataclass
@@ -110,12 +98,9 @@ class Run:
         )
         set_seed(config.seed)
         self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
-        self.rows = grefcoco.load(config.dataset, split=config.split, columns=COLUMNS)
-        self.train_rows = None
-        if not (config.eval_only or config.streaming):
-            self.train_rows = grefcoco.load(config.dataset, split="train", columns=COLUMNS)
+        self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "boxes", "objects"])
         self.model, self.processor = self.load_model()
-        self.collator = self.make_collator(supervised=True)
+        self.collator = self.make_collator(training=False)
         self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
         if config.eval_only:
             self.model, self.average = self.accelerator.prepare(self.model), None
@@ -134,22 +119,34 @@ class Run:
             wrong = config.model["model_type"]
             raise ValueError(f"model: model_type is {wrong!r}; choose one of {', '.join(FAMILIES)}")
         if config.category_supervision:
-            fields = {"num_categories": len(category_ids(config.dataset, ["train", config.split])), **fields}
+            fields = {"num_categories": len(self.categories("train", config.split)), **fields}
         return family.new_model(fields, self.sentences, config.tokenizer, config.backbone, config.image_size)
 
     def sentences(self) -> Iterator[str]:
         """All sentences of the training split."""
-        rows = grefcoco.load(self.config.dataset, split="train", columns=["sentence"])
-        return iter(rows.with_format(None)["sentence"])
+        stream = grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True)
+        return (row["sentence"] for row in stream)
 
-    def make_collator(self, supervised: bool) -> RelaCollator | MdetrCollator:
-        """What makes batches of rows; `supervised` adds what the category loss and the "every object" row need."""
+    def categories(self, *splits: str) -> list[int]:
+        """All category ids that objects of these splits have, ascending."""
+        found: set[int] = set()
+        for split in splits:
+            options = {"layout": "image", "columns": ["objects"], "streaming": True}
+            for row in grefcoco.load(self.config.dataset, split=split, **options):
+                found.update(item["category_id"] for item in row["objects"])
+        return sorted(found)
+
+    def make_collator(self, training: bool) -> RelaCollator | MdetrCollator:
+        """What makes batches of rows, with the labels that the losses or (categories alone) the measuring need."""
         config = self.config
-        if self.model.config.model_type == "mdetr":
+        if self.model_config.model_type == "mdetr":
             return MdetrCollator(self.processor, config.text_column)
+        supervised = config.category_supervision or not training
         splits = [config.split] if config.eval_only else ["train", config.split]
-        categories = category_ids(config.dataset, splits) if supervised else ()
-        return RelaCollator(self.processor, categories, config.text_column)
+        instances = training and bool(self.model_config.num_instance_queries)
+        return RelaCollator(
+            self.processor, self.categories(*splits) if supervised else (), config.text_column, instances
+        )
 
     def _prepare_training(self) -> None:
         config = self.config
@@ -211,24 +208,33 @@ class Run:
         yield from self._loader(config.sentences_per_image, max(0, start - warm_up))
 
     def _loader(self, sentences_per_image: int, start: int) -> DataLoader:
-        config, supervised = self.config, self.config.category_supervision
-        collator = self.collator if supervised else self.make_collator(supervised=False)
-        settings = {"collate_fn": collator, "pin_memory": self.accelerator.device.type == "cuda"}
+        config, columns = self.config, self.train_columns()
+        settings = {
+            "collate_fn": self.make_collator(training=True),
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
         place = (config.seed, self.accelerator.process_index, self.accelerator.num_processes, start)
         size = (config.per_device_train_batch_size, sentences_per_image)
         if config.streaming:
             images = partial(grefcoco.load, config.dataset, split="train", streaming=True, layout="image")
-            stream = StreamedBatches(lambda names: images(columns=names), COLUMNS, self.augmentation, *size, *place)
+            stream = StreamedBatches(lambda names: images(columns=names), columns, self.augmentation, *size, *place)
             workers = min(config.dataloader_num_workers, stream.num_shards)
             return DataLoader(stream, batch_size=None, num_workers=workers, **settings)
-        wants_objects = supervised or self.augmentation.active or self.model_config.model_type == "mdetr"
-        rows = self.train_rows if wants_objects else self.train_rows.remove_columns("objects")
+        rows = grefcoco.load(config.dataset, split="train", columns=columns)
         sampler = SentenceBatchSampler(np.asarray(rows.with_format(None)["image_id"]), *size, *place)
         rows = TrainRows(rows, self.augmentation, config.seed)
         return DataLoader(rows, batch_sampler=sampler, num_workers=config.dataloader_num_workers, **settings)
 
+    def train_columns(self) -> list[str]:
+        """The columns that training rows need; others are not even looked up."""
+        mdetr = self.model_config.model_type == "mdetr"
+        instances = mdetr or bool(self.model_config.num_instance_queries)
+        objects = ["objects"] if instances or self.augmentation.active or self.config.category_supervision else []
+        boxes = ["boxes"] if mdetr or self.augmentation.active else []
+        return COLUMNS + objects + boxes + (["category_ids", "masks"] if self.augmentation.active else [])
+
     @property
-    def model_config(self):
+    def model_config(self) -> PreTrainedConfig:
         return self.accelerator.unwrap_model(self.model).config
 
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
@@ -527,8 +533,10 @@ def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
 
 
 def vision_only(batch: dict[str, object]) -> dict[str, object]:
-    """The part of a batch that trains the vision trunk to name categories, without any sentence."""
-    return {"pixel_values": batch["pixel_values"], "labels": {"categories": batch["labels"]["categories"]}}
+    """The part of a batch that trains the vision trunk to name categories and find objects, without any sentence."""
+    known = ("categories", "object_boxes", "object_masks", "num_objects")
+    labels = {name: batch["labels"][name] for name in known if name in batch["labels"]}
+    return {"pixel_values": batch["pixel_values"], "labels": labels}
 
 
 def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
