@@ -15,7 +15,9 @@ class RelaConfig(PreTrainedConfig):
 
     model_type = "rela"
     sub_configs = {"text_config": BertConfig}
-    keys_to_ignore_at_inference = ("loss_terms", "minimap_logits", "category_logits")  # by Trainer
+    keys_to_ignore_at_inference = [  # by Trainer, which has to gather the others
+        "loss_terms", "minimap_logits", "category_logits", "relevance_logits", "instance_masks", "count_logits",
+    ]  # fmt: skip
 
     text_config: dict | PreTrainedConfig | None = None
     """The BERT encoder; None is bert-base-uncased's configuration."""

@@ -1,0 +1,100 @@
+"""transformers' Trainer with our collator and metrics: the README's lines, and the same scores as train.py's."""
+
+import json
+import re
+import tracemalloc
+
+import evaluate
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import grefcoco
+from modeling.modeling_rela import RelaModel
+from modeling.processing_rela import RelaCollator
+from modeling.training_rela import StreamingMetrics
+from tests.tiny_rela import expression_rows, tiny_config, tiny_processor
+from tests.tiny_training import ROOT, make_dataset, tiny, train_here
+
+GRES = evaluate.load(str(ROOT / "evaluate" / "gres"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def arguments(out, **changes: object) -> TrainingArguments:
+    options = {"remove_unused_columns": False, "label_names": ["labels"], "batch_eval_metrics": True}
+    options |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 8}
+    return TrainingArguments(str(out), **options | changes)
+
+
+def trainer_of(model, out, rows, metrics, **changes: object) -> Trainer:
+    return Trainer(
+        model, arguments(out, **changes), RelaCollator(tiny_processor()), rows, rows,
+        compute_metrics=metrics, preprocess_logits_for_metrics=metrics.reduce,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_readmes_fine_tuning_and_its_scores_are_train_pys(dataset, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert train_here(*tiny(dataset, out, per_device_train_batch_size=8)) == 0
+    expected = json.loads((out / "metrics.json").read_text())["gres"]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+               if "Trainer(" in block]  # fmt: skip
+    assert code.count("\n") <= 25
+    code = code.replace("data/easy", str(dataset)).replace("runs/demo", str(out)).replace("runs/tuned", str(tmp_path))
+    code = code.replace("/path/to/this/folder", str(ROOT)).replace("max_steps=100", "max_steps=2, use_cpu=True")
+    untrained = code.replace("trainer.train()\n", "scores = trainer.evaluate()\n")
+    found: dict = {}
+    exec(untrained, found)
+    for name in ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7"):
+        assert found["scores"][f"eval_{name}"] == pytest.approx(expected[name], abs=1e-9)
+    exec(code, {})
+    assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 100
+
+
+def test_trainer_learns_a_batch(tmp_path):
+    torch.manual_seed(0)
+    model = RelaModel(tiny_config(mask_loss="bce_dice", loss_scale=1.0))
+    rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
+    trainer = trainer_of(model, tmp_path, rows, StreamingMetrics(GRES), max_steps=60, learning_rate=3e-3)
+    before = trainer.evaluate()["eval_gIoU"]
+    trainer.train()
+    assert trainer.evaluate()["eval_gIoU"] > before + 20
+
+
+def test_padding_of_a_sampler_counts_once_and_scores_start_afresh(tmp_path):
+    rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
+    metrics = StreamingMetrics(GRES)
+    trainer = trainer_of(RelaModel(tiny_config()), tmp_path, [*rows, rows[0]], metrics)
+    first, again = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_gIoU"] == again["eval_gIoU"] and len(metrics.accumulator) == 0
+    alone = trainer_of(RelaModel.from_pretrained(_saved(trainer.model, tmp_path)), tmp_path, rows, metrics)
+    assert alone.evaluate()["eval_gIoU"] == pytest.approx(first["eval_gIoU"])
+
+
+def _saved(model, folder):
+    model.save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def test_memory_does_not_grow_with_the_number_of_sentences(tmp_path):
+    rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
+    peaks = []
+    for copies in (4, 64):
+        many = [{**rows[i % 4], "sent_id": i} for i in range(4 * copies)]
+        trainer = trainer_of(RelaModel(tiny_config()), tmp_path, many, StreamingMetrics(GRES))
+        tracemalloc.start()
+        trainer.evaluate()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 240 * 4096, "less than a 64 x 64 mask more for each sentence"
+
+
+def test_rows_of_the_data_set_are_what_the_collator_takes(dataset):
+    rows = grefcoco.load(str(dataset), split="val")
+    labels = RelaCollator(tiny_processor())([rows[0], rows[1]])["labels"]
+    assert labels["sent_id"].tolist() == [rows[0]["sent_id"], rows[1]["sent_id"]]
