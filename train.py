@@ -190,7 +190,7 @@ class Run:
                 bar.update()
                 last = progress.step == config.max_train_steps
                 if progress.step % LOGGING_STEPS == 0 or last:
-                    loss = torch.stack(losses).nanmean().item()
+                    loss = self.accelerator.reduce(torch.stack(losses).nanmean(), "mean").item()
                     losses.clear()
                     bar.set_postfix(loss=f"{loss:.3f}")
                     self.record({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
