@@ -44,7 +44,7 @@ class GRefer:
         self.single = dataset != "grefcoco"
         self.built = (self.root / REPORT).is_file()
         config = f"{dataset}_{splitBy}" if self.single else dataset
-        refs, instances = self._read_built(config) if self.built else read_files(self.root, config, compact=True)
+        refs, instances = self._read_built(config) if self.built else read_files(self.root, config, as_lists=True)
         folders = [self.root / name for name in ("images/mscoco/images/train2014", "images/train2014", "train2014")]
         self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[1]))
         self.data = {"dataset": dataset, "refs": refs} | instances
