@@ -31,7 +31,7 @@ from pycocotools import mask as coco_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grefcoco
-from grefcoco_data import files
+from grefcoco_data import files, image_rows
 
 SIDE = 480
 FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
@@ -139,9 +139,9 @@ def parsed_input(folder: Path) -> tuple[files.Annotations, list[int]]:
     for image_id in image_ids:
         image = notes.images[image_id]
         for item in notes.objects[image_id]:
-            item["segmentation"] = grefcoco.to_rle(item["segmentation"], image["height"], image["width"])[0]
-    grefcoco.to_rle = lambda rle, height, width: (rle, None)
-    grefcoco.read_image = lambda source, image: b"picture"
+            item["segmentation"] = image_rows.to_rle(item["segmentation"], image["height"], image["width"])[0]
+    image_rows.to_rle = lambda rle, height, width: (rle, None)
+    image_rows.read_image = lambda source, image: b"picture"
     return notes, image_ids
 
 
@@ -158,7 +158,7 @@ class Columns(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, object]]:
         notes, image_ids = self.parsed
-        yield from enumerate(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
+        yield from enumerate(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
 
 
 class Rows(datasets.GeneratorBasedBuilder):
@@ -219,7 +219,7 @@ def build_rows(folder: Path) -> float:
 def copy_table(folder: Path) -> float:
     """Writing the finished table and nothing else."""
     notes, image_ids = parsed_input(folder)
-    tables = list(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
+    tables = list(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
     start = time.process_time()
     with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
         for table in tables:
