@@ -254,8 +254,9 @@ def _explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
 
 def decode_image(stored: dict) -> Image.Image:
     """RGB image of a stored `{"bytes", "path"}`, not rotated by EXIF, since the masks are not."""
-    with Image.open(io.BytesIO(stored["bytes"])) as image:
-        return image.convert("RGB")
+    image = Image.open(io.BytesIO(stored["bytes"]))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image too
 
 
 def _unfold(images: datasets.Dataset) -> datasets.Dataset:
@@ -298,7 +299,8 @@ class _Lookup:
         if "image" in images.column_names:
             self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self.objects = images.select_columns(["objects"])
-        self.rles = objects.field("segmentation")
+        self.sizes = np.array(objects.field("segmentation").field("size").flatten()).reshape(-1, 2)
+        self.counts = objects.field("segmentation").field("counts")
         self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -321,7 +323,7 @@ class _Lookup:
         return dict(zip(unique, source[unique][column]))
 
     def _segmentations(self, places: Sequence[int]) -> list[dict]:
-        return self.rles.take(pa.array(places, pa.int64())).to_pylist()
+        return [{"size": self.sizes[place].tolist(), "counts": self.counts[place].as_py()} for place in places]
 
     def _merged(self, height: int, width: int, *places: int) -> dict:
         return merge_rles(self._segmentations(places), self.crowd[list(places)], height, width)
