@@ -466,13 +466,16 @@ def write_shard(job: ShardJob) -> tuple[dict[str, int], str, Problems]:
     problems = Problems()
     counts = dict.fromkeys((*COUNTED, "bytes"), 0)
     tables = image_tables(notes, job.split, job.image_ids, open_images(job.images), problems, job.skip_bad_images)
-    with open(job.path, "wb") as file:
-        with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-                _add_counts(counts, _counts(table))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(job.path, "wb") as file:
+            with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
+                for table in tables:
+                    writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                    _add_counts(counts, _counts(table))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk, which names no file
+        raise OSError(f"{job.path} could not be written: {error}") from error
     return counts, sha256(job.path), problems
 
 

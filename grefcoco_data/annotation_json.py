@@ -25,7 +25,11 @@ BATCH = 2_000  # annotations whose numbers are parsed at once: a MB or two of te
 
 def read_json(path: Path) -> object:
     """The content of a JSON file. Raises ValueError, naming the file, when it is not valid JSON or holds NaN."""
-    return _parsed(path, path.read_bytes())
+    try:
+        with no_collector():
+            return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
 
 
 def read_instances(path: Path, as_lists: bool = False) -> object:
@@ -33,15 +37,14 @@ def read_instances(path: Path, as_lists: bool = False) -> object:
 
     Lists take three times the memory of arrays, though equal numbers among them are one object.
     """
-    data = path.read_bytes()
-    with _no_collector():
-        content = _read_apart(data, as_lists)
-    return _parsed(path, data) if content is None else content
+    with no_collector():
+        content = _read_apart(path.read_bytes(), as_lists)
+    return read_json(path) if content is None else content
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """The garbage collector would walk a growing tree of a million objects again and again: without, half the time."""
+def no_collector() -> Iterator[None]:
+    """Garbage is not looked for meanwhile: in a growing tree of a million objects that takes half the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -51,14 +54,6 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _parsed(path: Path, data: bytes) -> object:
-    try:
-        with _no_collector():
-            return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-
-
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
@@ -66,6 +61,7 @@ def _refuse_constant(name: str) -> float:
 def _read_apart(data: bytes, as_lists: bool) -> dict | None:
     """Instances with polygons parsed by Arrow; None when the text is not of the usual form."""
     rest, texts, polygons, at = [], [], [], 0
+    shared = {} if as_lists else None
     try:
         for match in POLYGONS.finditer(data):
             end = data.index(b"]]", match.end())
@@ -74,9 +70,9 @@ def _read_apart(data: bytes, as_lists: bool) -> dict | None:
             texts.append(data[match.end() : end])
             at = end + 2
             if len(texts) == BATCH:
-                polygons += _parse_polygons(texts, as_lists)
+                polygons += _parse_polygons(texts, shared)
                 texts = []
-        polygons += _parse_polygons(texts, as_lists)
+        polygons += _parse_polygons(texts, shared)
         rest = b"".join([*rest, data[at:]]).decode("utf-8")
         content = json.loads(rest, parse_constant=_refuse_constant)
         items = [item for item in content["annotations"] if type(item["segmentation"]) is int]
@@ -89,8 +85,11 @@ def _read_apart(data: bytes, as_lists: bool) -> dict | None:
     return content
 
 
-def _parse_polygons(texts: list[bytes], as_lists: bool) -> list[list]:
-    """Rings of texts such as `1.5, 2], [3, 4`. Raises ValueError for a ring that is more than finite numbers."""
+def _parse_polygons(texts: list[bytes], shared: dict[float, float] | None) -> list[list]:
+    """Rings of texts such as `1.5, 2], [3, 4`, as lists of the numbers in `shared`, or as arrays when that is None.
+
+    Raises ValueError for a ring that is more than finite numbers.
+    """
     if not texts:
         return []
     gap = b"], [" if any(b"], [" in text for text in texts) else b"],["
@@ -101,9 +100,10 @@ def _parse_polygons(texts: list[bytes], as_lists: bool) -> list[list]:
     values = numbers.to_numpy()
     if len(values) != ends[-1] or not np.isfinite(values).all():
         raise ValueError("an empty place, or no finite number")
-    if as_lists:
-        shared = numbers.combine_chunks().dictionary_encode()
-        objects = np.array(shared.dictionary.to_pylist(), dtype=object)[shared.indices.to_numpy()]
+    if shared is not None:
+        encoded = numbers.combine_chunks().dictionary_encode()
+        distinct = [shared.setdefault(number, number) for number in encoded.dictionary.to_pylist()]
+        objects = np.array(distinct, dtype=object)[encoded.indices.to_numpy()]
         parts = (objects[start:end].tolist() for start, end in zip([0, *ends], ends))
     else:
         parts = (values[start:end] for start, end in zip([0, *ends], ends))

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
-from grefcoco_data.annotation_json import read_instances, read_json
+from grefcoco_data.annotation_json import no_collector, read_instances, read_json
 
 SPLITS = ("train", "val", "testA", "testB", "testC", "testAB", "testBC", "test")
 REPORT = "build.json"  # its presence tells a built folder
@@ -152,6 +152,7 @@ def read_annotations(folder: str | Path, config: str = "grefcoco") -> Annotation
 
 
 @functools.lru_cache(maxsize=1)
+@no_collector()
 def _read_annotations(folder: str, config: str, stamps: tuple) -> Annotations:
     refs_path, instances_path = find_files(folder, config)
     refs, instances = read_files(folder, config)
@@ -292,7 +293,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> object:
     with path.open("rb") as file:
         try:
-            return _PlainUnpickler(file).load()
+            return _PlainUnpickler(file, encoding="utf-8").load()  # of Python 2, as REFER's are, too
         except Exception as error:  # a broken pickle raises whatever its opcodes stumble over
             raise ValueError(f"{path} is not a pickle of plain values ({error}).") from error
 
@@ -362,11 +363,15 @@ def local_images(path: str) -> str:
     """`path` as it is, or, for `hf://datasets/OWNER/NAME/PATH`, where that folder or zip of the Hub was fetched to."""
     if not path.startswith("hf://datasets/"):
         return path
-    owner, name, *inside = path.removeprefix("hf://datasets/").split("/")
-    inner = "/".join(inside)
+    owner, _, rest = path.removeprefix("hf://datasets/").partition("/")
+    name, _, inner = rest.strip("/").partition("/")
+    if not owner or not name:
+        raise ValueError(f"{path} names no data set; write hf://datasets/OWNER/NAME/PATH.")
     patterns = [inner, f"{inner}/*"] if inner else None
-    folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns)
-    return os.path.join(folder, inner)
+    folder = os.path.join(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns), inner)
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{path}: {owner}/{name} has no folder or zip {inner!r}.")
+    return folder
 
 
 def open_images(path: str) -> ImageFolder | ImageZip:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from operator import itemgetter
 
 import datasets
 import numpy as np
@@ -117,37 +118,45 @@ def _object_column(groups: list[list[dict]], images: list[dict], problems: Probl
         rles.append(rle)
         if fault:
             problems.add(fault, f"annotation {item['id']}")
-    boxes = np.array([item["bbox"] for item in items], dtype=np.float32).reshape(-1)
+    boxes = np.fromiter(chain.from_iterable(map(itemgetter("bbox"), items)), np.float32, 4 * len(items))
     columns = {
-        "ann_id": pa.array([item["id"] for item in items], pa.int64()),
-        "category_id": pa.array([item["category_id"] for item in items], pa.int32()),
+        "ann_id": _column(items, "id", pa.int64()),
+        "category_id": _column(items, "category_id", pa.int32()),
         "bbox": pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
-        "area": pa.array(np.array([item["area"] for item in items], dtype=np.float32)),
+        "area": pa.array(np.fromiter(map(itemgetter("area"), items), np.float32, len(items))),
         "iscrowd": pa.array([item["iscrowd"] != 0 for item in items], pa.bool_()),
-        "segmentation": _rle_column(rles),
+        "segmentation": _rle_column(rles, sizes),
     }
-    return list_column(_struct_column(columns), [len(group) for group in groups])
+    return list_column(_struct_column(columns), list(map(len, groups)))
 
 
-def _rle_column(rles: list[dict]) -> pa.StructArray:
-    sizes = pa.array(np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1))
-    counts = pa.array([rle["counts"] for rle in rles], pa.string())
-    return _struct_column({"size": list_column(sizes, [2] * len(rles)), "counts": counts})
+def _rle_column(rles: list[dict], sizes: list[tuple[int, int]]) -> pa.StructArray:
+    flat = pa.array(np.fromiter(chain.from_iterable(sizes), np.int32, 2 * len(sizes)))
+    counts = _column(rles, "counts", pa.string())
+    return _struct_column({"size": list_column(flat, [2] * len(sizes)), "counts": counts})
 
 
 def _expression_column(groups: list[list[dict]]) -> pa.ListArray:
-    pairs = [(ref, sentence) for group in groups for ref in group for sentence in ref["sentences"]]
-    ann_ids = [targets(ref) for ref, _ in pairs]
-    flat = pa.array(list(chain.from_iterable(ann_ids)), pa.int64())
+    refs = list(chain.from_iterable(groups))
+    sentences = list(chain.from_iterable(map(itemgetter("sentences"), refs)))
+    numbers = [len(ref["sentences"]) for ref in refs]
+    rows = pa.array(np.repeat(np.arange(len(refs)), numbers))  # each sentence's place among the refs
+    found = list(map(targets, refs))
+    ann_ids = list_column(pa.array(list(chain.from_iterable(found)), pa.int64()), list(map(len, found)))
     columns = {
-        "ref_id": pa.array([ref["ref_id"] for ref, _ in pairs], pa.int64()),
-        "sent_id": pa.array([sentence["sent_id"] for _, sentence in pairs], pa.int64()),
-        "sentence": pa.array([sentence["sent"] for _, sentence in pairs], pa.string()),
-        "raw": pa.array([sentence["raw"] for _, sentence in pairs], pa.string()),
-        "no_target": pa.array([not ids for ids in ann_ids], pa.bool_()),
-        "ann_ids": list_column(flat, [len(ids) for ids in ann_ids]),
+        "ref_id": _column(refs, "ref_id", pa.int64()).take(rows),
+        "sent_id": _column(sentences, "sent_id", pa.int64()),
+        "sentence": _column(sentences, "sent", pa.string()),
+        "raw": _column(sentences, "raw", pa.string()),
+        "no_target": pa.array([not ids for ids in found], pa.bool_()).take(rows),
+        "ann_ids": ann_ids.take(rows),
     }
-    return list_column(_struct_column(columns), [sum(len(ref["sentences"]) for ref in group) for group in groups])
+    ends = np.cumsum([0, *numbers])[np.cumsum([0, *map(len, groups)])]
+    return list_column(_struct_column(columns), np.diff(ends))
+
+
+def _column(records: list[dict], key: str, kind: pa.DataType) -> pa.Array:
+    return pa.array(list(map(itemgetter(key), records)), kind)
 
 
 def _struct_column(columns: dict[str, pa.Array]) -> pa.StructArray:
