@@ -97,13 +97,13 @@ class GRefer:
         return [ref["ref_id"] for ref in refs]
 
     def getAnnIds(self, image_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the annotations on these images, of those what these refs point at, then in a set's order."""
+        """Ids of the annotations on these images, of those what these refs point at, then in ascending order."""
         images, refs = _ids(image_ids), _ids(ref_ids)
         found = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
         if not refs:
             return found if images else [ann["id"] for ann in self.data["annotations"]]
         wanted = {key for ref_id in refs for key in as_list(self.Refs[ref_id]["ann_id"])}
-        return list((set(found) if images else self._ann_ids) & wanted)
+        return sorted((set(found) if images else self._ann_ids) & wanted)
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
         """Ids of the images of these refs, or of all images."""
