@@ -20,11 +20,12 @@ import multiprocessing
 import os
 import shutil
 import string
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -33,179 +34,47 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Features, Value
+from datasets import Features
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 from PIL import Image
 from tqdm.auto import tqdm
 
-from grefcoco_data.files import (
-    CONFIGS,
-    REPORT,
-    Annotations,
-    ImageFolder,
-    ImageZip,
-    Problems,
-    find_files,
-    local_images,
-    merge_rles,
-    open_images,
-    read_annotations,
-    read_image,
-    targets,
-    to_rle,
-)
-from grefcoco_data.grefer import GRefer
+if find_spec("grefcoco_data") is None and (note := Path(__file__).with_suffix(".json")).is_file():
+    # `datasets` before 4 runs a copy of a loading script, far from its folder, and notes beside it whence it came.
+    sys.path.append(str(Path(json.loads(note.read_text(encoding="utf-8"))["original file path"]).resolve().parent))
+if find_spec("grefcoco_data") is None:
+    raise ImportError(
+        "grefcoco.py needs the folder grefcoco_data, which lies beside it in the repository: keep both together, "
+        "or install the repository (pip install FOLDER)."
+    )
+else:  # indented, since `datasets` before 4 takes other imports for packages of the index
+    from grefcoco_data.files import (
+        CONFIGS,
+        REPORT,
+        Annotations,
+        Problems,
+        find_files,
+        local_images,
+        merge_rles,
+        open_images,
+        read_annotations,
+    )
+    from grefcoco_data.grefer import GRefer
+    from grefcoco_data.image_rows import (
+        EXPRESSION_FEATURES,
+        IMAGE_FEATURES,
+        ROWS_PER_GROUP,
+        TARGET_COLUMNS,
+        image_tables,
+        list_column,
+    )
 
 __all__ = ["CONFIGS", "EXPRESSION_FEATURES", "IMAGE_FEATURES", "GRefer", "Grefcoco", "build", "load", "shuffle_shards"]
 
 VERSION = "1.0.0"
-ROWS_PER_GROUP = 100
 COUNTED = ("images", "refs", "expressions", "no_target", "single", "multi", "max_targets")  # per split
-
-RLE = {"size": [Value("int32")], "counts": Value("string")}
-BOX = datasets.Sequence(Value("float32"), length=4)
-# `[...]` and not `List(...)`: it says the same and older releases of `datasets` know it too.
-OBJECT = {
-    "ann_id": Value("int64"),
-    "category_id": Value("int32"),
-    "bbox": BOX,
-    "area": Value("float32"),
-    "iscrowd": Value("bool"),
-    "segmentation": RLE,
-}
-EXPRESSION = {
-    "ref_id": Value("int64"),
-    "sent_id": Value("int64"),
-    "sentence": Value("string"),
-    "raw": Value("string"),
-    "no_target": Value("bool"),
-    "ann_ids": [Value("int64")],
-}
-IMAGE = {
-    "image": datasets.Image(),
-    "image_id": Value("int64"),
-    "file_name": Value("string"),
-    "width": Value("int32"),
-    "height": Value("int32"),
-}
-TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "mask": RLE}
-# Column of an expression row -> field of the objects it lists.
-TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
-IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
-EXPRESSION_FEATURES = Features({**IMAGE, **EXPRESSION, **TARGETS})
-
-
-# ---- image rows --------------------------------------------------------------------------------------------------
-
-
-def image_tables(
-    annotations: Annotations,
-    split: str,
-    image_ids: Sequence[int],
-    source: ImageFolder | ImageZip,
-    problems: Problems,
-    skip_bad_images: bool = False,
-) -> Iterator[pa.Table]:
-    """Image rows of `image_ids` as tables of up to `ROWS_PER_GROUP` rows with the schema of `IMAGE_FEATURES`.
-
-    Image bytes are passed on as they are. What is wrong with polygons and images goes to `problems`.
-
-    Raises:
-        ValueError: an image is missing or bad and `skip_bad_images` is off.
-    """
-    for start in range(0, len(image_ids), ROWS_PER_GROUP):
-        pictures = {}
-        for image_id in image_ids[start : start + ROWS_PER_GROUP]:
-            picture = _read_or_note(source, annotations.images[image_id], problems, skip_bad_images)
-            if picture is not None:
-                pictures[image_id] = picture
-        if pictures:
-            yield _image_table(annotations, split, list(pictures), list(pictures.values()), problems)
-
-
-def _read_or_note(
-    source: ImageFolder | ImageZip, image: dict, problems: Problems, skip_bad_images: bool
-) -> bytes | None:
-    try:
-        return read_image(source, image)
-    except ValueError as error:
-        if not skip_bad_images:
-            raise ValueError(
-                f"{source.path}: {error}. Fetch it again, or build with --skip-bad-images to leave such images out."
-            ) from error
-        problems.add("bad image, left out with its sentences", error)
-        return None
-
-
-def _image_table(
-    annotations: Annotations, split: str, image_ids: list[int], pictures: list[bytes], problems: Problems
-) -> pa.Table:
-    """Columns are made whole, for all rows at once: several times faster than row by row."""
-    images = [annotations.images[image_id] for image_id in image_ids]
-    names = [image["file_name"] for image in images]
-    columns = [
-        pa.StructArray.from_arrays([pa.array(pictures, pa.binary()), pa.array(names)], names=["bytes", "path"]),
-        pa.array(image_ids, pa.int64()),
-        pa.array(names),
-        pa.array([image["width"] for image in images], pa.int32()),
-        pa.array([image["height"] for image in images], pa.int32()),
-        _object_column([annotations.objects[image_id] for image_id in image_ids], images, problems),
-        _expression_column([annotations.splits[split][image_id] for image_id in image_ids]),
-    ]
-    schema = IMAGE_FEATURES.arrow_schema
-    return pa.Table.from_arrays([column.cast(kind) for column, kind in zip(columns, schema.types)], schema=schema)
-
-
-def _object_column(groups: list[list[dict]], images: list[dict], problems: Problems) -> pa.ListArray:
-    items = list(chain.from_iterable(groups))
-    sizes = [(image["height"], image["width"]) for image, group in zip(images, groups) for _ in group]
-    rles = []
-    for item, (height, width) in zip(items, sizes):
-        rle, fault = to_rle(item["segmentation"], height, width)
-        rles.append(rle)
-        if fault:
-            problems.add(fault, f"annotation {item['id']}")
-    boxes = np.array([item["bbox"] for item in items], dtype=np.float32).reshape(-1)
-    columns = {
-        "ann_id": pa.array([item["id"] for item in items], pa.int64()),
-        "category_id": pa.array([item["category_id"] for item in items], pa.int32()),
-        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
-        "area": pa.array(np.array([item["area"] for item in items], dtype=np.float32)),
-        "iscrowd": pa.array([item["iscrowd"] != 0 for item in items], pa.bool_()),
-        "segmentation": _rle_column(rles),
-    }
-    return _list_column(_struct_column(columns), [len(group) for group in groups])
-
-
-def _rle_column(rles: list[dict]) -> pa.StructArray:
-    sizes = pa.array(np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1))
-    counts = pa.array([rle["counts"] for rle in rles], pa.string())
-    return _struct_column({"size": _list_column(sizes, [2] * len(rles)), "counts": counts})
-
-
-def _expression_column(groups: list[list[dict]]) -> pa.ListArray:
-    pairs = [(ref, sentence) for group in groups for ref in group for sentence in ref["sentences"]]
-    ann_ids = [targets(ref) for ref, _ in pairs]
-    flat = pa.array(list(chain.from_iterable(ann_ids)), pa.int64())
-    columns = {
-        "ref_id": pa.array([ref["ref_id"] for ref, _ in pairs], pa.int64()),
-        "sent_id": pa.array([sentence["sent_id"] for _, sentence in pairs], pa.int64()),
-        "sentence": pa.array([sentence["sent"] for _, sentence in pairs], pa.string()),
-        "raw": pa.array([sentence["raw"] for _, sentence in pairs], pa.string()),
-        "no_target": pa.array([not ids for ids in ann_ids], pa.bool_()),
-        "ann_ids": _list_column(flat, [len(ids) for ids in ann_ids]),
-    }
-    return _list_column(_struct_column(columns), [sum(len(ref["sentences"]) for ref in group) for group in groups])
-
-
-def _struct_column(columns: dict[str, pa.Array]) -> pa.StructArray:
-    return pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
-
-
-def _list_column(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
 
 
 @dataclass
@@ -215,6 +84,13 @@ class GrefcocoConfig(datasets.BuilderConfig):
     annotations: str = ""
     images: str = ""
     skip_bad_images: bool = False
+
+    def create_config_id(self, config_kwargs: dict, custom_features: Features | None = None) -> str:
+        """Name of the cache folder: another one for files that changed, lest `datasets` serve their former rows."""
+        if not self.annotations or not self.images:
+            raise ValueError("Say where the files are: annotations=FOLDER, images=FOLDER_OR_ZIP.")
+        stamp = _fingerprint(find_files(self.annotations, self.name), self.images)
+        return super().create_config_id({**config_kwargs, "files": stamp}, custom_features)
 
 
 class Grefcoco(datasets.ArrowBasedBuilder):
@@ -318,12 +194,7 @@ def _load_image_rows(
         columns = {} if pictures else {"columns": [name for name in IMAGE_FEATURES if name != "image"]}
         return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
     place = local_images(str(images))
-    builder = Grefcoco(
-        config_name=config,
-        annotations=os.path.abspath(source),
-        images=place,
-        hash=_fingerprint(find_files(source, config), place),
-    )
+    builder = Grefcoco(config_name=config, annotations=os.path.abspath(source), images=os.path.abspath(place))
     if streaming:
         return builder.as_streaming_dataset(split=split)
     try:
@@ -334,11 +205,12 @@ def _load_image_rows(
 
 
 def _fingerprint(files: Iterable[Path], images: str) -> str:
-    """Changes whenever an input does, so that the cache of `datasets` never serves rows of files that changed."""
+    """Changes whenever an input does: a file, or the list, sizes or times of the images."""
+    open_images(images)
     paths = [*files, Path(images)]
     if os.path.isdir(images):
         paths += sorted(Path(images).iterdir())
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stamps = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(repr((VERSION, stamps)).encode()).hexdigest()[:16]
 
 
@@ -382,8 +254,9 @@ def explode(batch: dict[str, list], columns: list[str]) -> dict[str, list]:
 
 def decode_image(stored: dict) -> Image.Image:
     """RGB image of a stored `{"bytes", "path"}`, not rotated by EXIF, since the masks are not."""
-    with Image.open(io.BytesIO(stored["bytes"])) as image:
-        return image.convert("RGB")
+    image = Image.open(io.BytesIO(stored["bytes"]))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image too
 
 
 def _unfold(images: datasets.Dataset) -> datasets.Dataset:
@@ -409,10 +282,10 @@ def _unfold(images: datasets.Dataset) -> datasets.Dataset:
         **per_image,
         **{name: expressions.field(name) for name in ("ref_id", "sent_id", "sentence", "raw", "no_target")},
         "ann_ids": ann_ids,
-        "category_ids": _list_column(objects.field("category_id").take(places), lengths),
-        "boxes": _list_column(objects.field("bbox").take(places), lengths),
-        "masks": _list_column(pa.array(places), lengths),
-        "mask": _list_column(pa.array(np.insert(places, np.repeat(starts, 2), sizes.ravel())), lengths + 2),
+        "category_ids": list_column(objects.field("category_id").take(places), lengths),
+        "boxes": list_column(objects.field("bbox").take(places), lengths),
+        "masks": list_column(pa.array(places), lengths),
+        "mask": list_column(pa.array(np.insert(places, np.repeat(starts, 2), sizes.ravel())), lengths + 2),
         "objects": rows,
     }
     index = datasets.Dataset(pa.table(columns), split=images.split, fingerprint=f"{images._fingerprint}-expressions")
@@ -426,7 +299,8 @@ class _Lookup:
         if "image" in images.column_names:
             self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self.objects = images.select_columns(["objects"])
-        self.rles = objects.field("segmentation")
+        self.sizes = np.array(objects.field("segmentation").field("size").flatten()).reshape(-1, 2)
+        self.counts = objects.field("segmentation").field("counts")
         self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -449,7 +323,7 @@ class _Lookup:
         return dict(zip(unique, source[unique][column]))
 
     def _segmentations(self, places: Sequence[int]) -> list[dict]:
-        return self.rles.take(pa.array(places, pa.int64())).to_pylist()
+        return [{"size": self.sizes[place].tolist(), "counts": self.counts[place].as_py()} for place in places]
 
     def _merged(self, height: int, width: int, *places: int) -> dict:
         return merge_rles(self._segmentations(places), self.crowd[list(places)], height, width)
@@ -592,13 +466,16 @@ def write_shard(job: ShardJob) -> tuple[dict[str, int], str, Problems]:
     problems = Problems()
     counts = dict.fromkeys((*COUNTED, "bytes"), 0)
     tables = image_tables(notes, job.split, job.image_ids, open_images(job.images), problems, job.skip_bad_images)
-    with open(job.path, "wb") as file:
-        with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-                _add_counts(counts, _counts(table))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(job.path, "wb") as file:
+            with pq.ParquetWriter(file, IMAGE_FEATURES.arrow_schema) as writer:
+                for table in tables:
+                    writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                    _add_counts(counts, _counts(table))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk, which names no file
+        raise OSError(f"{job.path} could not be written: {error}") from error
     return counts, sha256(job.path), problems
 
 

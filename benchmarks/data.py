@@ -10,6 +10,7 @@ CPU seconds, so that other work on the machine counts less; peaks are resident m
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import multiprocessing
@@ -25,13 +26,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from transformers import BertTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grefcoco
-from grefcoco_data import files
+from grefcoco_data import files, image_rows
 
 SIDE = 480
 FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
@@ -62,9 +66,14 @@ def main() -> None:
     compare("GRefer ready, CPU s", index[0][:1], index[1], apart(read_ours, full))
     print(f"| GRefer, peak GB | {index[0][1]:.2f} | {'' if index[1] is None else f'{index[1][1]:.2f}'} | | |")
     compare("4,000 merged masks, CPU s", apart(masks_ours, full), apart(masks_plain, full), apart(masks_limit, full))
-    one, shared, plain = (apart(way, pictures, built) for way in (samples_ours, samples_shared, samples_plain))
-    compare(f"{SENTENCES:,} samples one by one, CPU s", one, plain, apart(samples_limit, pictures, built, False))
-    compare(f"{SENTENCES:,} samples sharing images, CPU s", shared, plain, apart(samples_limit, pictures, built, True))
+    one, by_torch = (apart(samples_ours, pictures, built, way) for way in (_pixels, _pixels_by_torch))
+    shared, mapper = apart(samples_shared, pictures, built), apart(samples_mapper, pictures, built)
+    alone = apart(samples_limit, pictures, built, False)
+    compare(f"{SENTENCES:,} samples one by one, CPU s", one, mapper, alone)
+    compare(f"{SENTENCES:,} samples one by one, resized by torch, CPU s", by_torch, mapper, alone)
+    compare(
+        f"{SENTENCES:,} samples sharing images, CPU s", shared, mapper, apart(samples_limit, pictures, built, True)
+    )
     stream = apart(stream_epoch, built)
     print(f"| first streamed row, s | {stream[2]['first']:.2f} | | | |")
     print(f"| streamed rows per CPU s | {stream[2]['rows'] / stream[0]:.0f} | | | |")
@@ -89,6 +98,7 @@ def apart(function: Callable, *arguments: object) -> Measure:
 
 def _measured(function: Callable, arguments: tuple) -> Measure:
     datasets.disable_progress_bars()
+    torch.set_num_threads(1)
     start = time.process_time()
     value = function(*arguments)
     seconds = value if isinstance(value, float) else time.process_time() - start
@@ -139,9 +149,9 @@ def parsed_input(folder: Path) -> tuple[files.Annotations, list[int]]:
     for image_id in image_ids:
         image = notes.images[image_id]
         for item in notes.objects[image_id]:
-            item["segmentation"] = grefcoco.to_rle(item["segmentation"], image["height"], image["width"])[0]
-    grefcoco.to_rle = lambda rle, height, width: (rle, None)
-    grefcoco.read_image = lambda source, image: b"picture"
+            item["segmentation"] = image_rows.to_rle(item["segmentation"], image["height"], image["width"])[0]
+    image_rows.to_rle = lambda rle, height, width: (rle, None)
+    image_rows.read_image = lambda source, image: b"picture"
     return notes, image_ids
 
 
@@ -158,7 +168,7 @@ class Columns(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, object]]:
         notes, image_ids = self.parsed
-        yield from enumerate(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
+        yield from enumerate(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
 
 
 class Rows(datasets.GeneratorBasedBuilder):
@@ -219,7 +229,7 @@ def build_rows(folder: Path) -> float:
 def copy_table(folder: Path) -> float:
     """Writing the finished table and nothing else."""
     notes, image_ids = parsed_input(folder)
-    tables = list(grefcoco.image_tables(notes, "train", image_ids, None, files.Problems()))
+    tables = list(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
     start = time.process_time()
     with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
         for table in tables:
@@ -294,49 +304,120 @@ def _sentences(built: Path) -> tuple[datasets.Dataset, list[int]]:
     return rows, np.concatenate([np.flatnonzero(image_ids == image_id) for image_id in order])[:SENTENCES].tolist()
 
 
-def _ready(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize((SIDE, SIDE), Image.BILINEAR))
+def _tokenizer(rows: datasets.Dataset) -> BertTokenizer:
+    words = {word for sentence in rows.with_format(None)["sentence"][:] for word in sentence.split()}
+    return BertTokenizer(
+        vocab={word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(words)])}
+    )
 
 
-def _small(mask: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask).resize((SIDE, SIDE), Image.NEAREST))
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """(3, side, side) uint8, as the original mapper gives it."""
+    return _tensor(image.resize((SIDE, SIDE), Image.BILINEAR))
 
 
-def samples_ours(pictures: Path, built: Path) -> float:
+def _pixels_by_torch(image: Image.Image) -> torch.Tensor:
+    """(3, side, side) uint8, within one grey level of `_pixels`: the same filter in vectorised integers."""
+    stored = pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)  # PIL's memory, not a copy
+    pixels = torch.from_numpy(stored).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)[0, :3]
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """(3, height, width) uint8."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def _mask(rle: dict) -> torch.Tensor:
+    """(side, side) uint8: the pixel nearest to each place."""
+    mask = coco_mask.decode(rle)
+    rows, columns = (((np.arange(SIDE) + 0.5) * side / SIDE).astype(np.intp) for side in mask.shape)
+    return torch.from_numpy(mask.T.take(columns, axis=0).take(rows, axis=1).T)
+
+
+def _tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and their mask, (20,) each."""
+    ids = ids[:20]
+    return torch.tensor(ids + [0] * (20 - len(ids))), torch.tensor([1] * len(ids) + [0] * (20 - len(ids)))
+
+
+def samples_ours(pictures: Path, built: Path, resize: Callable[[Image.Image], torch.Tensor]) -> float:
     rows, indices = _sentences(built)
+    encode = _tokenizer(rows).backend_tokenizer.encode
     random.Random(0).shuffle(indices)
     start = time.process_time()
     for index in indices:
         row = rows[index]
-        _ready(row["image"]), _small(coco_mask.decode(row["mask"]))
+        resize(row["image"]), _mask(row["mask"]), _tokens(encode(row["sentence"]).ids)
     return time.process_time() - start
 
 
 def samples_shared(pictures: Path, built: Path) -> float:
     """Batches of 32 with the sentences of an image side by side, as a sampler grouped by `image_id` gives them."""
     rows, indices = _sentences(built)
+    encode = _tokenizer(rows).backend_tokenizer.encode
     start = time.process_time()
     for at in range(0, len(indices), 32):
         batch = rows.__getitems__(indices[at : at + 32])
-        images = {id(row["image"]): row["image"] for row in batch}
-        resized = {key: _ready(image) for key, image in images.items()}
+        pixels = {key: _pixels(image) for key, image in {id(row["image"]): row["image"] for row in batch}.items()}
         for row in batch:
-            resized[id(row["image"])], _small(coco_mask.decode(row["mask"]))
+            pixels[id(row["image"])], _mask(row["mask"]), _tokens(encode(row["sentence"]).ids)
     return time.process_time() - start
 
 
-def samples_plain(pictures: Path, built: Path) -> float:
-    """One sentence at a time from the genuine files: open, decode, resize; polygons to masks, add up, resize."""
+def samples_mapper(pictures: Path, built: Path) -> float:
+    """One sentence at a time from the genuine files, by the steps of the original mapper."""
     refer = grefcoco.GRefer(pictures)
-    wanted = [refer.sentToRef[sent_id] for sent_id in _sent_ids(built, _sentences(built)[1])]
-    random.Random(0).shuffle(wanted)
-    start = time.process_time()
-    for ref in wanted:
+    rows, indices = _sentences(built)
+    tokenizer = _tokenizer(rows)
+    records = []
+    for sent_id in _sent_ids(built, indices):
+        ref = refer.sentToRef[sent_id]
+        anns = [ann for ann in refer.loadAnns(files.targets(ref)) if not ann["iscrowd"]]
         path = pictures / "images/train2014" / refer.Imgs[ref["image_id"]]["file_name"]
-        with Image.open(path) as image:
-            _ready(image.convert("RGB"))
-        _small(plain_mask(refer, ref))
+        records.append({"path": path, "annotations": anns, "sentence": refer.Sents[sent_id]["sent"]})
+    random.Random(0).shuffle(records)
+    start = time.process_time()
+    for record in records:
+        mapper_sample(record, tokenizer)
     return time.process_time() - start
+
+
+def mapper_sample(record: dict, tokenizer: BertTokenizer) -> dict:
+    """The original mapper's work for a sentence: image, padding mask, boxes, masks and tokens, as tensors."""
+    record = copy.deepcopy(record)
+    with Image.open(record["path"]) as image:
+        image.getexif().get(0x0112)
+        pixels = np.asarray(image.convert("RGB"))
+    height, width = pixels.shape[:2]
+    padding = torch.from_numpy(np.ones((height, width)))[None, None]
+    padding = torch.nn.functional.interpolate(padding, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    padding = ~padding[0, 0].numpy().astype(bool)
+    pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.BILINEAR))
+    sample = {"image": torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))}
+    sample["padding_mask"] = torch.as_tensor(np.ascontiguousarray(padding))
+    scale = np.array([SIDE / width, SIDE / height])
+    instances = [
+        [(np.asarray(ring, np.float64).reshape(-1, 2) * scale).reshape(-1) for ring in ann["segmentation"]]
+        for ann in record["annotations"]
+    ]
+    sample["boxes"] = [_box_of_rings(rings) for rings in instances]
+    masks = [torch.zeros((SIDE, SIDE), dtype=torch.bool)]
+    for rings in instances:
+        mask = coco_mask.decode(coco_mask.frPyObjects([ring.tolist() for ring in rings], SIDE, SIDE))
+        masks.append(torch.as_tensor(mask, dtype=torch.uint8).any(dim=2))
+    sample["mask"] = torch.stack(masks).sum(dim=0, keepdim=True).clamp(max=1)
+    sample["tokens"] = _tokens(tokenizer.encode(record["sentence"]))
+    return sample
+
+
+def _box_of_rings(rings: list[np.ndarray]) -> torch.Tensor:
+    low, high = torch.full((2,), float("inf")), torch.zeros(2)
+    for ring in rings:
+        points = torch.from_numpy(ring).view(-1, 2).to(torch.float32)
+        low, high = torch.min(low, points.min(dim=0).values), torch.max(high, points.max(dim=0).values)
+    return torch.cat([low, high])
 
 
 def _sent_ids(built: Path, indices: list[int]) -> list[int]:
@@ -353,7 +434,7 @@ def samples_limit(pictures: Path, built: Path, shared: bool) -> float:
     start = time.process_time()
     for path in paths:
         with Image.open(path) as image:
-            _ready(image.convert("RGB"))
+            image.convert("RGB").resize((SIDE, SIDE), Image.BILINEAR)
     return time.process_time() - start
 
 

@@ -239,6 +239,8 @@ def _check_built(source: Path) -> tuple[list[str], dict[str, dict[str, int]], st
             damage.append(f"{source / name} is missing; build again.")
         elif grefcoco.sha256(source / name) != digest:
             damage.append(f"{source / name} is not what was built (sha256 differs); build again.")
+    strange = {str(path.relative_to(source)) for path in source.glob("data/*")} - set(report["shards"])
+    damage += [f"{source / name} is no part of what was built; remove it." for name in sorted(strange)]
     _print_problems(report["problems"])
     if not damage:
         _print_shared({split: _stored_image_ids(source, split) for split in report["splits"]})
@@ -368,7 +370,8 @@ def _export(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     made = mdetr_format(refer) if options.format == "mdetr" else coco_format(refer)
     for split, content in made:
-        path = out / f"{'finetune_grefcoco' if options.format == 'mdetr' else 'instances'}_{split}.json"
+        stem = f"finetune_{refer.data['dataset']}" if options.format == "mdetr" else "instances"
+        path = out / f"{stem}_{split}.json"
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(path)

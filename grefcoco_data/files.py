@@ -7,15 +7,13 @@ is wrong is either one clear `ValueError` or a named entry in `Problems`.
 from __future__ import annotations
 
 import functools
-import gc
 import io
-import json
 import os
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +21,8 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
+
+from grefcoco_data.annotation_json import no_collector, read_instances, read_json
 
 SPLITS = ("train", "val", "testA", "testB", "testC", "testAB", "testBC", "test")
 REPORT = "build.json"  # its presence tells a built folder
@@ -109,18 +109,18 @@ def find_files(folder: str | Path, config: str) -> tuple[Path, Path]:
     )
 
 
-def read_files(folder: str | Path, config: str = "grefcoco", compact: bool = False) -> tuple[list[dict], dict]:
+def read_files(folder: str | Path, config: str = "grefcoco", as_lists: bool = False) -> tuple[list[dict], dict]:
     """Refs and instances as the files hold them, unchecked but for their outer form.
 
-    `compact` makes equal coordinates one object: a third of the memory for polygons, at twice the time of reading.
+    Rings of polygons may be float64 arrays; `as_lists` gives lists, as the files have them.
 
     Raises:
         ValueError: a file is not what its name says (JSON, pickle of plain values, list of refs, COCO instances).
         FileNotFoundError: as `find_files`.
     """
     refs_path, instances_path = find_files(folder, config)
-    instances = _read_json(instances_path, _SharedNumbers().__getitem__ if compact else None)
-    refs = _read_pickle(refs_path) if refs_path.suffix == ".p" else _read_json(refs_path)
+    instances = read_instances(instances_path, as_lists)
+    refs = _read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path)
     if not isinstance(refs, list):
         raise ValueError(f"{refs_path}: a list of refs was expected, found {type(refs).__name__}.")
     for key in ("images", "annotations", "categories"):
@@ -132,7 +132,7 @@ def read_files(folder: str | Path, config: str = "grefcoco", compact: bool = Fal
 def read_report(folder: str | Path) -> dict:
     """The report `grefcoco.build` left in a built folder. Raises ValueError when it is damaged."""
     path = Path(folder) / REPORT
-    report = _read_json(path)
+    report = read_json(path)
     if not isinstance(report, dict) or not {"config", "splits", "problems", "categories", "shards"} <= report.keys():
         raise ValueError(f"{path} is no build report; build again.")
     return report
@@ -152,6 +152,7 @@ def read_annotations(folder: str | Path, config: str = "grefcoco") -> Annotation
 
 
 @functools.lru_cache(maxsize=1)
+@no_collector()
 def _read_annotations(folder: str, config: str, stamps: tuple) -> Annotations:
     refs_path, instances_path = find_files(folder, config)
     refs, instances = read_files(folder, config)
@@ -282,30 +283,6 @@ def targets(ref: dict) -> list[int]:
     return [ann_id for ann_id in as_list(ref["ann_id"]) if ann_id != -1]
 
 
-class _SharedNumbers(dict[str, float]):
-    def __missing__(self, text: str) -> float:
-        self[text] = float(text)
-        return self[text]
-
-
-def _read_json(path: Path, parse_float: Callable[[str], float] | None = None) -> object:
-    # The collector would walk the growing tree of a few million objects again and again: without, half the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with path.open(encoding="utf-8") as file:
-            return json.load(file, parse_float=parse_float, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
 class _PlainUnpickler(pickle.Unpickler):
     """Admits lists, dicts, strings and numbers, which need no import; anything a pickle would import is refused."""
 
@@ -316,7 +293,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> object:
     with path.open("rb") as file:
         try:
-            return _PlainUnpickler(file).load()
+            return _PlainUnpickler(file, encoding="utf-8").load()  # of Python 2, as REFER's are, too
         except Exception as error:  # a broken pickle raises whatever its opcodes stumble over
             raise ValueError(f"{path} is not a pickle of plain values ({error}).") from error
 
@@ -386,11 +363,15 @@ def local_images(path: str) -> str:
     """`path` as it is, or, for `hf://datasets/OWNER/NAME/PATH`, where that folder or zip of the Hub was fetched to."""
     if not path.startswith("hf://datasets/"):
         return path
-    owner, name, *inside = path.removeprefix("hf://datasets/").split("/")
-    inner = "/".join(inside)
+    owner, _, rest = path.removeprefix("hf://datasets/").partition("/")
+    name, _, inner = rest.strip("/").partition("/")
+    if not owner or not name:
+        raise ValueError(f"{path} names no data set; write hf://datasets/OWNER/NAME/PATH.")
     patterns = [inner, f"{inner}/*"] if inner else None
-    folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns)
-    return os.path.join(folder, inner)
+    folder = os.path.join(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns), inner)
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{path}: {owner}/{name} has no folder or zip {inner!r}.")
+    return folder
 
 
 def open_images(path: str) -> ImageFolder | ImageZip:
@@ -497,7 +478,7 @@ def merge_rles(rles: Sequence[dict], crowd: Sequence[bool], height: int, width: 
 
 def _checked_ring(ring: object, height: int, width: int) -> tuple[np.ndarray | None, str | None]:
     """Coordinates x, y, x, y, ... ready for C, or None with the reason."""
-    if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
+    if not isinstance(ring, (list, np.ndarray)) or len(ring) < 6 or len(ring) % 2:
         return None, "polygon with less than 3 points or an odd number of coordinates"
     try:
         points = np.asarray(ring)

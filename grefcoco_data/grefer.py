@@ -18,7 +18,8 @@ import pyarrow.dataset as arrow_dataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_data.files import REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
+from grefcoco_data.annotation_json import no_collector
+from grefcoco_data.files import CONFIGS, REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
 
 Ids = int | str | Iterable[int] | Iterable[str]
 
@@ -43,13 +44,17 @@ class GRefer:
         self.root = Path(data_root)
         self.single = dataset != "grefcoco"
         self.built = (self.root / REPORT).is_file()
-        config = f"{dataset}_{splitBy}" if self.single else dataset
-        refs, instances = self._read_built(config) if self.built else read_files(self.root, config, compact=True)
-        folders = [self.root / name for name in ("images/mscoco/images/train2014", "images/train2014", "train2014")]
-        self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[1]))
+        config = dataset if (dataset, splitBy) == ("grefcoco", "unc") else f"{dataset}_{splitBy}"
+        if config not in CONFIGS:
+            raise ValueError(f"No data set {dataset!r} split by {splitBy!r}; there are {', '.join(CONFIGS)}.")
+        refs, instances = self._read_built(config) if self.built else read_files(self.root, config, as_lists=True)
+        names = ("images/train2014", "images/mscoco/images/train2014", "train2014")
+        folders = [self.root / name for name in (("images/saiapr_tc-12",) if dataset == "refclef" else names)]
+        self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[0]))
         self.data = {"dataset": dataset, "refs": refs} | instances
         try:
-            self.createIndex()
+            with no_collector():
+                self.createIndex()
         except KeyError as error:
             raise ValueError(
                 f"{self.root}: a record lacks {error}, or points at an id {error} that none has."
@@ -92,7 +97,7 @@ class GRefer:
         return [ref["ref_id"] for ref in refs]
 
     def getAnnIds(self, image_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the annotations on these images, of those what these refs point at; for refs, in ascending order."""
+        """Ids of the annotations on these images, of those what these refs point at, then in ascending order."""
         images, refs = _ids(image_ids), _ids(ref_ids)
         found = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
         if not refs:
@@ -150,9 +155,9 @@ class GRefer:
             raise ValueError("getMaskByRef needs a ref or a ref_id.")
         record = self.Refs[ref_id] if ref is None else ref
         image = self.Imgs[record["image_id"]]
-        if not targets(record) and (merge or ref is not None):
+        if not targets(record) and (merge or (ref is not None and as_list(ref["ann_id"]) == [-1])):
             return {"mask": np.zeros((image["height"], image["width"]), np.uint8), "empty": True}
-        anns = self.loadAnns(self.getAnnIds(ref_ids=ref_id) if ref is None else as_list(ref["ann_id"]))
+        anns = self.loadAnns(self.getAnnIds(ref_ids=ref_id) if ref is None else targets(ref))
         if not merge:
             return [self.getMask(ann) for ann in anns if not ann["iscrowd"]]
         crowd = [bool(ann["iscrowd"]) for ann in anns]
@@ -234,12 +239,13 @@ class GRefer:
 
 
 def _annotation(item: dict, image_id: int) -> dict:
+    """A record as in instances.json; of the float32 a box is stored in, the shortest decimals: 162.07, as it was."""
     return {
         "id": item["ann_id"],
         "image_id": image_id,
         "category_id": item["category_id"],
-        "bbox": item["bbox"],
-        "area": item["area"],
+        "bbox": [float(str(np.float32(side))) for side in item["bbox"]],
+        "area": float(str(np.float32(item["area"]))),
         "iscrowd": int(item["iscrowd"]),
         "segmentation": item["segmentation"],
     }

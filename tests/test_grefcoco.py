@@ -348,31 +348,6 @@ def test_zip_that_was_replaced_is_read_anew(genuine, tmp_path):
     assert grefcoco.load(tmp_path / "out", split="val", columns=["sentence"])[0]["sentence"]
 
 
-OLD_LOAD = """
-import json, sys, datasets
-rows = datasets.load_dataset(sys.argv[1], annotations=sys.argv[2], images=sys.argv[3], trust_remote_code=True)
-rows = rows.remove_columns("image")
-print(json.dumps({split: list(part) for split, part in rows.items()}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("PYTHON_WITH_DATASETS_3" not in os.environ, reason="names a Python that has datasets 3.6")
-def test_loading_script_of_older_datasets_gives_the_same_rows(genuine, built, tmp_path):
-    arguments = [
-        os.environ["PYTHON_WITH_DATASETS_3"],
-        "-c",
-        OLD_LOAD,
-        ROOT / "grefcoco.py",
-        genuine,
-        genuine / "train2014",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
-    done = subprocess.run(list(map(str, arguments)), env=environment, capture_output=True, text=True, check=True)
-    new = {split: rows_of(part) for split, part in grefcoco.load(built, layout="image").items()}
-    assert json.loads(done.stdout.splitlines()[-1]) == new
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

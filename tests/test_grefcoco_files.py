@@ -346,8 +346,7 @@ def test_crowds_count_only_alone():
 FUZZ = """
 import copy, json, random, sys
 from pathlib import Path
-import grefcoco
-from grefcoco_data import files
+from grefcoco_data import files, image_rows
 
 folder, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 originals = {name: (folder / name).read_bytes() for name in ("grefs(unc).json", "instances.json")}
@@ -395,7 +394,7 @@ for number in range(count):
     source = files.ImageFolder(folder / "train2014")
     for split, groups in notes.splits.items():
         problems = files.Problems()
-        tables = list(grefcoco.image_tables(notes, split, list(groups), source, problems, skip_bad_images=True))
+        tables = list(image_rows.image_tables(notes, split, list(groups), source, problems, skip_bad_images=True))
         bad = len(problems.get("bad image, left out with its sentences", []))
         assert sum(table.num_rows for table in tables) + bad == len(groups)
     loaded += 1
