@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # pairs read at once: their run lengths stay in a processor's cache
 RUN = 255  # words of eight pixels added up at once: a byte holds as many
+BLOCK = 32  # runs intersected at once, in 64 KiB that are used again: fresh memory costs more than counting
 
 
 class Rle(TypedDict):
@@ -104,13 +105,14 @@ def _count_here(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
     num_pairs, num_words = pred_words.shape
     starts = np.arange(0, num_words, RUN)
     sums = np.zeros((num_pairs, 3, len(starts)), np.uint64)
-    both = np.empty(num_words, np.uint64)  # made once: fresh memory costs more than counting
+    both = np.empty(BLOCK * RUN, np.uint64)
     for pred, truth, (overlap, pred_sums, true_sums) in zip(pred_words, true_words, sums):
         np.add.reduceat(pred, starts, out=pred_sums)
         np.add.reduceat(truth, starts, out=true_sums)
         shared = np.logical_and(pred_sums, true_sums).nonzero()[0].tolist()
-        if shared:
-            runs = slice(shared[0], shared[-1] + 1)
+        first, end = (shared[0], shared[-1] + 1) if shared else (0, 0)
+        for run in range(first, end, BLOCK):
+            runs = slice(run, min(run + BLOCK, end))
             words = slice(runs.start * RUN, min(runs.stop * RUN, num_words))
             piece = np.bitwise_and(pred[words], truth[words], out=both[: words.stop - words.start])
             np.add.reduceat(piece, starts[: runs.stop - runs.start], out=overlap[runs])
