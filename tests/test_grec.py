@@ -223,6 +223,12 @@ def test_mmdet_reads_only_the_first_truth():
     assert correct([], compat="mmdet")
 
 
+def test_mmdet_compares_scores_as_float32_and_matches_no_empty_boxes():
+    assert correct([BOX], BOX, score=0.7, compat="mmdet")
+    assert not correct([BOX], BOX, score=0.69, compat="mmdet")
+    assert not correct([[5, 5, 5, 9]], [5, 5, 5, 9], compat="mmdet")
+
+
 # --- average precision
 
 

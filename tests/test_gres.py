@@ -112,10 +112,8 @@ def test_edges_of_the_published_evaluator():
     assert only_no_target == nothing_found | {"gIoU": 100.0, "N_acc": 1.0, "always_empty/gIoU": 100.0}
     missed = score((HALF, False, EMPTY, True))
     assert missed == nothing_found | {"always_empty/gIoU": 100.0}
-    flagged_missed = score(
-        (OTHER, False, HALF, True), (FULL, False, FULL, False)
-    )  # only what was predicted is at fault
-    assert flagged_missed["cIoU"] == pytest.approx(100 * 2 / 3)
+    flagged_missed = score((OTHER, False, HALF, True), (FULL, False, FULL, False))  # a truth mask in spite of the flag
+    assert flagged_missed["cIoU"] == 100 * 2 / 4
     flagged = score((EMPTY, True, HALF, True), (FULL, False, FULL, False))
     assert flagged == dict.fromkeys(SCORES, 100.0) | {"T_acc": 1.0, "N_acc": 1.0, "always_empty/gIoU": 50.0}
 
@@ -223,6 +221,20 @@ def test_overlaps_of_large_masks_over_many_batches():
     )
     np.testing.assert_array_equal(union, [coco.area(coco.merge([a, b])) for a, b in zip(encoded, shifted)])
     np.testing.assert_array_equal(predicted, [coco.area(mask) for mask in encoded])
+
+
+@pytest.mark.parametrize("shape", [(480, 480), (333, 500), (96, 85)])
+def test_dense_masks_that_share_rows_pixels_or_nothing(shape):
+    """Objects anywhere, so that the two of a pair lie in the same, in some or in no runs of words."""
+    rng = np.random.default_rng(0)
+    predictions, truths = np.zeros((2, 24, *shape), bool)
+    for mask in (*predictions[1:], *truths[:-1]):  # the first and the last pair have one empty side
+        top, left = (int(rng.integers(0, side)) for side in shape)
+        height, width = (int(rng.integers(1, side // 2)) for side in shape)
+        mask[top : top + height, left : left + width] = rng.random() < 0.7
+    for p, t in ((predictions, truths), (predictions[:, ::2, ::3], truths[:, ::2, ::3])):
+        expected = [((one & other).sum(), (one | other).sum(), one.sum()) for one, other in zip(p, t)]
+        np.testing.assert_array_equal(np.stack(masks.dense_overlaps(p, t), axis=1), expected)
 
 
 BROKEN = {

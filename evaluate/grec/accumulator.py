@@ -35,8 +35,8 @@ class GrecAccumulator:
         thresh_iou: least overlap of a matched pair.
         thresh_F1: least F1 of a sentence that counts as correct.
         iou: "giou", generalised IoU as the published code has it, or "iou", as the paper words it.
-        compat: "published", or "mmdet" for the numbers of MMDetection's metric: plain IoU, and only the first true box
-            of a sentence is looked at (a bug there).
+        compat: "published", or "mmdet" for the numbers of MMDetection's metric: plain IoU, 0 of two boxes without
+            area, a float32 0.7 reaches 0.7, and only the first true box of a sentence is looked at (a bug there).
     """
 
     def __init__(
@@ -83,7 +83,11 @@ class GrecAccumulator:
         sentence = np.repeat(np.arange(len(number)), number)
         best_score = np.full(len(number), -np.inf, np.float32)
         np.fmax.at(best_score, sentence, scores)
-        kept = scores.astype(np.float64) >= self.thresh_score
+        kept = (
+            scores >= np.float32(self.thresh_score)
+            if self.only_first
+            else scores.astype(np.float64) >= self.thresh_score
+        )
         sentence = sentence[kept]
         # the published evaluator sorts by score, then by box: it decides which of equal pairs is taken
         boxes = boxes[kept][np.lexsort((*-boxes[kept].T[::-1], -scores[kept], sentence))]
@@ -96,7 +100,13 @@ class GrecAccumulator:
             rows[name] = [reference[name] for reference in references]
         rows["best_score"], rows["kept"], rows["num_targets"] = best_score, num_kept, num_targets
         rows["matched"] = count_matches(
-            boxes, num_kept, truths, num_truths, generalised=self.generalised, threshold=self.thresh_iou
+            boxes,
+            num_kept,
+            truths,
+            num_truths,
+            generalised=self.generalised,
+            threshold=self.thresh_iou,
+            undefined=0.0 if self.only_first else np.nan,
         )
         self._buffer += rows.tobytes()
 

@@ -21,6 +21,7 @@ def count_matches(
     *,
     generalised: bool,
     threshold: float,
+    undefined: float = np.nan,
 ) -> np.ndarray:
     """Number of matched pairs per sentence, int64 (n,).
 
@@ -29,6 +30,7 @@ def count_matches(
         num_predictions, num_truths: how many belong to each sentence, (n,).
         generalised: compare by generalised IoU (Rezatofighi et al., CVPR 2019) or by plain IoU.
         threshold: least overlap of a matched pair.
+        undefined: overlap of two boxes without area; nan, as published, counts as a match.
     """
     matched = np.zeros(len(num_truths), np.int64)
     first_prediction = np.cumsum(num_predictions) - num_predictions
@@ -42,6 +44,7 @@ def count_matches(
         rows, row_is = _pad(predictions, first_prediction[chunk], num_predictions[chunk])
         columns, column_is = _pad(truths, first_truth[chunk], num_truths[chunk])
         overlap = overlaps(rows[:, :, None], columns[:, None, :], generalised=generalised)
+        overlap[np.isnan(overlap)] = undefined
         overlap[~valid_boxes(rows)] = -np.inf
         overlap[~(row_is[:, :, None] & column_is[:, None, :])] = -np.inf
         matched[chunk] = _match(overlap, num_predictions[chunk], num_truths[chunk], threshold)

@@ -251,7 +251,7 @@ def _column(name: str, values: Sequence, length: int) -> np.ndarray:
             raise ValueError(f"{name} {max(column, key=len).decode()!r} is longer than {kind.itemsize} bytes")
     elif name == "num_words":
         column = np.minimum(column, 255)
-    elif kind.kind in "iu" and length and not np.array_equal(column.astype(kind), column):
+    elif kind.kind in "iu" and length and (column.astype(kind) != column).any():
         raise ValueError(f"{name} runs from {column.min()} to {column.max()}, beyond what a row holds ({kind})")
     return column
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 64  # pairs read at once: their run lengths stay in a processor's cache
+RUN = 255  # words of eight pixels added up at once: a byte holds as many
+BLOCK = 32  # runs intersected at once, in 64 KiB that are used again: fresh memory costs more than counting
 
 
 class Rle(TypedDict):
@@ -37,7 +39,13 @@ def encode(mask: np.ndarray | torch.Tensor) -> Rle:
 
 def foreground(logits: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Two-channel logits (..., 2, height, width) to bool masks: the published argmax, a tie being background."""
-    return logits[..., 1, :, :] > logits[..., 0, :, :]
+    background, target = logits[..., 0, :, :], logits[..., 1, :, :]
+    if isinstance(logits, np.ndarray) or logits.device.type != "cpu" or logits.dtype.itemsize < 4:
+        return target > background
+    import torch
+
+    # numpy compares five times faster than torch does on a CPU
+    return torch.from_numpy(np.asarray(target.numpy(force=True) > background.numpy(force=True)))
 
 
 def resize(rles: Sequence[Rle], sizes: Sequence[Sequence[int]], side: str) -> list[Rle]:
@@ -88,18 +96,37 @@ def _count_on_device(predictions: torch.Tensor, truths: torch.Tensor) -> np.ndar
 
 
 def _count_here(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
-    """Intersection, predicted and true area of each pair, int64 (3, n)."""
-    pairs = zip(predictions, truths, strict=True)
-    areas = [(_count(pred & truth), _count(pred), _count(truth)) for pred, truth in pairs]
-    return np.array(areas, np.int64).reshape(-1, 3).T
+    """Intersection, predicted and true area of each pair, int64 (3, n).
+
+    Each mask is read once, as 64-bit words that hold eight pixels: added up, `RUN` of them do not carry. Where one of
+    the two has no pixel in a run of words there is nothing to intersect.
+    """
+    pred_words, true_words = _words(predictions), _words(truths)
+    num_pairs, num_words = pred_words.shape
+    starts = np.arange(0, num_words, RUN)
+    sums = np.zeros((num_pairs, 3, len(starts)), np.uint64)
+    both = np.empty(BLOCK * RUN, np.uint64)
+    for pred, truth, (overlap, pred_sums, true_sums) in zip(pred_words, true_words, sums):
+        np.add.reduceat(pred, starts, out=pred_sums)
+        np.add.reduceat(truth, starts, out=true_sums)
+        shared = np.logical_and(pred_sums, true_sums).nonzero()[0].tolist()
+        first, end = (shared[0], shared[-1] + 1) if shared else (0, 0)
+        for run in range(first, end, BLOCK):
+            runs = slice(run, min(run + BLOCK, end))
+            words = slice(runs.start * RUN, min(runs.stop * RUN, num_words))
+            piece = np.bitwise_and(pred[words], truth[words], out=both[: words.stop - words.start])
+            np.add.reduceat(piece, starts[: runs.stop - runs.start], out=overlap[runs])
+    every_other = np.uint64(0x00FF00FF00FF00FF)
+    sums = (sums & every_other) + (sums >> np.uint64(8) & every_other)  # four numbers of 16 bits each
+    return sums.view(np.uint16).sum(axis=2, dtype=np.int64).T
 
 
-def _count(mask: np.ndarray) -> int:
-    """Pixels of a bool mask: bytes are added eight at a time, as 64-bit words, of which 255 fit without a carry."""
-    flat = mask.reshape(-1)
-    whole = len(flat) // 8 * 8
-    sums = np.add.reduceat(flat[:whole].view(np.uint64), np.arange(0, whole // 8, 255))
-    return int(sums.view(np.uint8).sum()) + np.count_nonzero(flat[whole:])
+def _words(masks: np.ndarray) -> np.ndarray:
+    """Bool masks (n, height, width) as uint64 (n, words) of eight pixels each, the last filled up with background."""
+    pixels = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
+    if missing := -pixels.shape[1] % 8:
+        pixels = np.pad(pixels, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(pixels).view(np.uint64)
 
 
 def _overlaps(predictions: Sequence[Rle], truths: Sequence[Rle], offset: int) -> np.ndarray:

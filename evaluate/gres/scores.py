@@ -61,7 +61,7 @@ def judge(rows: np.ndarray, protocol: Protocol, threshold: float | None = None) 
     rejected = rows["predicted"] == 0 if threshold is None else rows["no_target_score"] > threshold
     scored = ~no_target & (~rejected | protocol.keeps_rejected)
     intersection = np.where(scored, rows["intersection"], 0).astype(np.int64)
-    union = np.where(no_target, np.where(rejected, 0, rows["predicted"]), rows["union"]).astype(np.int64)
+    union = np.where(no_target & rejected, 0, rows["union"]).astype(np.int64)
     iou = np.divide(intersection, union, out=np.full(len(rows), protocol.void), where=union > 0)
     iou[no_target] = rejected[no_target]
     return Verdicts(intersection, union, iou, rejected, no_target)
