@@ -211,5 +211,5 @@ def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
 def test_large_maps_are_decoded_one_by_one_alike(inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(**SWIN)
     together = model(**inputs).pred_masks
-    monkeypatch.setattr("modeling.pixel_decoder_rela.LARGE_MAP", 1)
+    monkeypatch.setattr("modeling.fusion_rela.LARGE_MAP", 1)
     torch.testing.assert_close(model(**inputs).pred_masks, together, atol=1e-5, rtol=1e-4)
