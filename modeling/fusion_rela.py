@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 LARGE_MAP = 2**19  # elements
 
+
 class LanguageFusion(nn.Module):
     """Pixel-word attention (LAVT's PWAM), one head: each pixel gathers the words that matter to it.
 
