@@ -2,7 +2,8 @@
 
 Swin-B at 480 x 480 with random weights, one thread, processor time, the two sides alternating in one process and their
 outputs compared. Without the original's folder its rows are left out. `--compile` adds torch.compile, which takes
-minutes; on a CUDA machine the rows are throughput, memory and the share of the chip's measured bf16 rate instead.
+minutes; `--only WORD` keeps the rows whose name has the word. On a CUDA machine the rows are throughput, memory and
+the share of the chip's measured bf16 rate instead.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, help="checkout of the original ReLA repository")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the best counts")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -39,33 +41,40 @@ def main() -> None:
         if torch.cuda.is_available():
             measure_gpu(model, options.compile, options.repeats)
         else:
-            measure_cpu(model, original, options.compile, options.repeats)
+            measure_cpu(model, original, options)
 
 
-def measure_cpu(model: RelaModel, original: OriginalRela | None, compiled: bool, repeats: int) -> None:
+def measure_cpu(model: RelaModel, original: OriginalRela | None, options: argparse.Namespace) -> None:
     """Print one Markdown row per comparison: what, before, after, ratio, largest difference."""
-    inputs = made_inputs(1, 1)
+    inputs, repeats = made_inputs(1, 1), options.repeats
+    side = "eager" if original is None else "original"
+    before = masks(model, inputs) if original is None else lambda: original(**inputs)["pred_masks"]
 
-    def published() -> torch.Tensor:
-        return original(**inputs)["pred_masks"]
+    def compiled(runner: RelaModel) -> Callable[[], torch.Tensor]:
+        return masks(torch.compile(runner, fullgraph=True), inputs)
 
+    # Each entry makes its two sides only when it is wanted.
+    comparisons = {
+        "region decoder: original / here": lambda: region_decoders(original, model, inputs),
+        "whole forward, fp32: original / here": lambda: (before, masks(model, inputs)),
+        "deformable core: transformers' grid_sample / here": deformable_cores,
+        "14 sentences on one image: one by one / together": lambda: shared_image(model),
+        f"bf16, fragile parts fp32: {side} fp32 / here": lambda: (before, masks(half_precision(model), inputs)),
+        "a matrix product, the limit of bf16: fp32 / bf16": matrix_products,
+        f"compiled, fp32: {side} / here": lambda: (before, compiled(model)),
+        f"compiled, bf16: {side} fp32 / here": lambda: (before, compiled(half_precision(model))),
+    }
     print("| what | before, s | here, s | ratio | difference |\n|---|---|---|---|---|")
-    if original is not None:
-        row(
-            "whole forward, fp32: original / here",
-            lambda: original(**inputs)["pred_masks"],
-            masks(model, inputs),
-            repeats,
-        )
-        row("region decoder: original / here", *region_decoders(original, model, inputs), repeats)
-    row("deformable core: transformers' grid_sample / here", *deformable_cores(), 4 * repeats)
-    row("14 sentences on one image: one by one / together", *shared_image(model), 1)
-    before = published if original is not None else masks(model, inputs)
-    half = half_precision(model)
-    row("bf16, fragile parts fp32: original or fp32 / here", before, masks(half, inputs), repeats)
-    if compiled:
-        row("compiled, fp32: original or eager / here", before, masks(torch.compile(model), inputs), repeats)
-        row("compiled, bf16: original or fp32 / here", before, masks(torch.compile(half), inputs), repeats)
+    for name, sides in comparisons.items():
+        possible = (original or "original / " not in name) and (options.compile or "compiled" not in name)
+        if possible and options.only in name:
+            row(name, *sides(), repeats)
+    a, b = matrix_sides()
+    rate = 2 * len(a) ** 3 / processor_seconds(lambda: a @ b, repeats)
+    work = GIGAFLOP["forward"]
+    print(
+        f"\nThe forward's {work} GFLOP at the {rate / 1e9:.0f} GFLOP/s of an fp32 product: {work * 1e9 / rate:.2f} s"
+    )
 
 
 def measure_gpu(model: RelaModel, compiled: bool, repeats: int) -> None:
@@ -130,6 +139,17 @@ def shared_image(model: RelaModel) -> tuple[Callable, Callable]:
     )
 
 
+def matrix_sides(size: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, size), torch.randn(size, size)
+
+
+def matrix_products() -> tuple[Callable, Callable]:
+    """The same product in both types: no model gains more from bf16 than its products do."""
+    a, b = matrix_sides()
+    c, d = a.bfloat16(), b.bfloat16()
+    return lambda: a @ b, lambda: c @ d
+
+
 def half_precision(model: RelaModel) -> RelaModel:
     """A bf16 copy whose fragile parts stay in fp32, as `from_pretrained(dtype=torch.bfloat16)` gives."""
     half = RelaModel(model.config).to(torch.bfloat16)
@@ -157,14 +177,20 @@ def row(what: str, before: Callable, after: Callable, repeats: int) -> None:
     """Alternate the two sides, print the best of each and how far their outputs differ, relative to the largest."""
     expected, found = before(), after()
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    seconds = [[], []]
+    slow = fast = float("inf")
     for _ in range(repeats):
-        for side, function in zip(seconds, (before, after), strict=True):
-            start = time.process_time()
-            function()
-            side.append(time.process_time() - start)
-    slow, fast = map(min, seconds)
+        slow, fast = min(slow, processor_seconds(before)), min(fast, processor_seconds(after))
     print(f"| {what} | {slow:.3f} | {fast:.3f} | {slow / fast:.2f} | {difference:.0e} |", flush=True)
+
+
+def processor_seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """The best of a number of calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
 def bf16_rate(size: int = 8192) -> float:

@@ -9,8 +9,7 @@ published evaluation uses the averaged ones, and so does this where they are pre
 import argparse
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from .configuration_mdetr import MdetrConfig
 from .image_processing_mdetr import MdetrImageProcessor
 from .modeling_mdetr import MdetrModel
 from .processing_mdetr import MdetrProcessor
+from .weight_files_rela import Rules, count_indices, error_line, read_file, rename, split_projections, write_folder
 
 # RoBERTa's pooler and position numbers, batch norm's counter, and the question-answering heads have no part in GREC.
 DROPPED = re.compile(
@@ -47,8 +47,7 @@ _DECODER = {
     "linear2": "feed_forward.fc2",
     "norm4": "ffn_norm",
 }
-# Original name -> ours. A pattern matches the whole module path; the parameter's own name (weight, bias, ...) follows.
-RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+RULES: Rules = [
     (r"transformer\.(text_encoder\..*)", r"\1"),
     (r"transformer\.resizer\.fc", "text_projection"),
     (r"transformer\.resizer\.layer_norm", "text_norm"),
@@ -84,29 +83,15 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     for name, value in state_dict.items():
         if DROPPED.fullmatch(name):
             continue
-        ours, value = _rename(name), torch.as_tensor(value)
-        if ours.endswith(("in_proj_weight", "in_proj_bias")):
-            module, _, leaf = ours.rpartition(".in_proj_")
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                converted[f"{module}.{letter}_proj.{leaf}"] = part.clone()
-        else:
-            converted[ours] = value.flatten(1) if ours == "image_projection.weight" else value
+        ours, value = rename(name, RULES), torch.as_tensor(value)
+        if ours is None:
+            raise ValueError(
+                f"unknown key {name!r} in the checkpoint: not a parameter of MDETR for detection. Checkpoints with "
+                "masks, a CLS token or pre-norm layers are not converted"
+            )
+        value = value.flatten(1) if ours == "image_projection.weight" else value
+        converted.update(split_projections(ours, value))
     return converted
-
-
-def _rename(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    for pattern, replacement in RULES:
-        match = re.fullmatch(pattern, module)
-        if match:
-            try:
-                return f"{match.expand(replacement) if isinstance(replacement, str) else replacement(match)}.{leaf}"
-            except KeyError:
-                break
-    raise ValueError(
-        f"unknown key {name!r} in the checkpoint: not a parameter of MDETR for detection. Checkpoints with masks, a "
-        "CLS token or pre-norm layers are not converted"
-    )
 
 
 def infer_config(
@@ -140,7 +125,7 @@ def _infer_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
         "stem_channels": shapes["backbone.0.body.conv1.weight"][0],
         "bottleneck_channels": [shapes[f"{layer}{i}.0.conv1.weight"][0] for i in range(1, 5)],
         "stage_channels": [shapes[f"{layer}{i}.0.conv3.weight"][0] for i in range(1, 5)],
-        "depths": [_count(shapes, rf"{_BODY}layer{i}\.(\d+)\.") for i in range(1, 5)],
+        "depths": [count_indices(shapes, rf"{_BODY}layer{i}\.(\d+)\.") for i in range(1, 5)],
     }
 
 
@@ -148,8 +133,8 @@ def _infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, objec
     num_queries, hidden_size = shapes["query_embed.weight"]
     return {
         "hidden_size": hidden_size,
-        "encoder_layers": _count(shapes, r"transformer\.encoder\.layers\.(\d+)\."),
-        "decoder_layers": _count(shapes, r"transformer\.decoder\.layers\.(\d+)\."),
+        "encoder_layers": count_indices(shapes, r"transformer\.encoder\.layers\.(\d+)\."),
+        "decoder_layers": count_indices(shapes, r"transformer\.decoder\.layers\.(\d+)\."),
         "ffn_size": shapes["transformer.decoder.layers.0.linear1.weight"][0],
         "num_queries": num_queries,
         "num_positions": shapes["class_embed.weight"][0],
@@ -164,17 +149,13 @@ def _infer_text(shapes: Mapping[str, tuple[int, ...]], heads: int) -> RobertaCon
     return RobertaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=_count(shapes, r"transformer\.text_encoder\.encoder\.layer\.(\d+)\."),
+        num_hidden_layers=count_indices(shapes, r"transformer\.text_encoder\.encoder\.layer\.(\d+)\."),
         num_attention_heads=heads,
         intermediate_size=shapes[f"{text}encoder.layer.0.intermediate.dense.weight"][0],
         max_position_embeddings=shapes[f"{text}embeddings.position_embeddings.weight"][0],
         type_vocab_size=shapes[f"{text}embeddings.token_type_embeddings.weight"][0],
         layer_norm_eps=1e-5,
     )
-
-
-def _count(names: Mapping[str, object], pattern: str) -> int:
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 CARD = """---
@@ -209,15 +190,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> tuple[dict[str, t
     Raises:
         ValueError: when the file is missing, damaged, holds more than weights and settings, or not the wanted weights.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name a checkpoint of MDETR's")
-    try:
-        # The original keeps its command line's settings beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights ({reason}): download it again") from error
+    content = read_file(path)
     found = [
         name for name in ("model_ema", "model") if isinstance(content, dict) and isinstance(content.get(name), dict)
     ]
@@ -241,22 +214,11 @@ def convert(
         ValueError: for a file that cannot be read or is no MDETR checkpoint, or a folder that is not empty.
         OSError: when the tokenizer cannot be had.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: name a new one")
     state_dict, chosen = read_checkpoint(checkpoint, weights)
+    converted = convert_state_dict(state_dict)
     model = MdetrModel(infer_config(state_dict, num_attention_heads, text_num_attention_heads))
-    missing, unexpected = model.load_state_dict(convert_state_dict(state_dict), strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{checkpoint} is not a whole MDETR: {len(missing)} parameters missing, {missing[:3]} first")
     processor = MdetrProcessor(MdetrImageProcessor(), AutoTokenizer.from_pretrained(tokenizer))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-        whole = Path(staging) / folder.name
-        model.eval().save_pretrained(whole)
-        processor.save_pretrained(whole)
-        card = CARD.format(source=checkpoint.name, weights=chosen)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        whole.replace(folder)
+    write_folder(folder, model, converted, processor, CARD.format(source=checkpoint.name, weights=chosen))
     return model
 
 
@@ -276,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = convert(**vars(options))
     except (ValueError, OSError) as error:
-        print(f"convert_mdetr: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"convert_mdetr: {error_line(error, options.checkpoint)}", file=sys.stderr)
         return 2
     print(f"{options.folder}: {model.num_parameters() / 1e6:.1f} M parameters")
     return 0

@@ -10,8 +10,7 @@ The published evaluation never loaded the stored weight of the region-language g
 import argparse
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,9 +20,10 @@ from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor
 from .modeling_rela import RelaModel
 from .processing_rela import RelaProcessor
-from .weight_files_rela import read_weights
+from .weight_files_rela import Rules, count_indices, error_line, read_weights, rename, split_projections, write_folder
 
 LANGUAGE_GATE = "region_decoder.layers.0.language.gate"
+LANGUAGE_GATES = ("published", "stored")
 DROPPED = re.compile(
     r".*\.relative_position_index|pixel_(mean|std)|text_encoder\.embeddings\.position_ids|text_encoder\.pooler\..*"
     r"|criterion\..*|.*\.num_batches_tracked"
@@ -57,10 +57,13 @@ _REGION = {
     "transformer_ffn_layers.{}.linear2": "fc2",
     "transformer_ffn_layers.{}.norm": "ffn_norm",
 }
-# Original name -> ours. A pattern matches the whole module path; the parameter's own name (weight, bias, ...) follows.
-RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"text_encoder\..*", r"\g<0>"),
-    (r"backbone\.(patch_embed\..*|layers\.\d+\.blocks\..*)", rf"{_TRUNK}\1"),
+RULES: Rules = [
+    (r"text_encoder\.embeddings\.(word|position|token_type)_embeddings", r"\g<0>"),
+    (r"text_encoder\.(embeddings|encoder\.layer\.\d+\.(attention\.)?output)\.LayerNorm", r"\g<0>"),
+    (r"text_encoder\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)", r"\g<0>"),
+    (r"text_encoder\.encoder\.layer\.\d+\.(attention\.output|intermediate|output)\.dense", r"\g<0>"),
+    (r"backbone\.(patch_embed\.(proj|norm))", rf"{_TRUNK}\1"),
+    (r"backbone\.(layers\.\d+\.blocks\.\d+\.(norm[12]|attn(\.qkv|\.proj)?|mlp\.fc[12]))", rf"{_TRUNK}\1"),
     (
         r"backbone\.layers\.(\d+)\.downsample\.(norm|reduction)",
         lambda m: f"{_TRUNK}layers.{int(m[1]) + 1}.downsample.{m[2]}",
@@ -71,8 +74,14 @@ RULES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"backbone\.norm(\d)", r"vision_encoder.norms.\1"),
     (r"backbone\.stem\.conv1", rf"{_TRUNK}conv1.conv"),
     (r"backbone\.stem\.conv1\.norm", rf"{_TRUNK}conv1.norm"),
-    (r"backbone\.res(\d)\.(\d+)\.(\w+)", lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv"),
-    (r"backbone\.res(\d)\.(\d+)\.(\w+)\.norm", lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.norm"),
+    (
+        r"backbone\.res([2-5])\.(\d+)\.(shortcut|conv[123])",
+        lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv",
+    ),
+    (
+        r"backbone\.res([2-5])\.(\d+)\.(shortcut|conv[123])\.norm",
+        lambda m: f"{_TRUNK}layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.norm",
+    ),
     (_PIXELS + r"input_proj\.(\d\.\d)", r"pixel_decoder.laterals.\1"),
     (_PIXELS + r"transformer", "pixel_decoder"),
     (
@@ -112,44 +121,37 @@ def convert_state_dict(
         language_gate: "stored" keeps the region-language gate's weight, "published" sets it to 0.
 
     Raises:
-        ValueError: for a key that is neither used nor known to be dropped (`DROPPED`).
+        ValueError: for a key that is neither used nor known to be dropped (`DROPPED`); for another `language_gate`.
     """
+    if language_gate not in LANGUAGE_GATES:
+        raise ValueError(f"language_gate={language_gate!r}: choose one of {', '.join(LANGUAGE_GATES)}")
     converted = {}
     for name, value in state_dict.items():
         if DROPPED.fullmatch(name):
             continue
-        value = torch.as_tensor(value)
-        ours = _rename(name)
-        if ours.endswith(("in_proj_weight", "in_proj_bias")):
-            module, _, leaf = ours.rpartition(".in_proj_")
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                converted[f"{module}.{letter}_proj.{leaf}"] = part.clone()
+        ours, value = _rename(name), torch.as_tensor(value)
+        if ours == LANGUAGE_GATE:
+            value = value.reshape(1)
         elif ".fusions." in ours or ".projections." in ours:
-            converted[ours] = value.reshape(value.shape[:2]) if value.ndim > 2 else value
-        else:
-            converted[ours] = value.reshape(1) if ours == LANGUAGE_GATE else value
+            value = value.reshape(value.shape[:2]) if value.ndim > 2 else value
+        converted.update(split_projections(ours, value))
     if language_gate == "published":
         converted[LANGUAGE_GATE] = torch.zeros(1)
     return converted
 
 
 def _rename(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
     if name == "sem_seg_head.predictor.lang_weight":
         return LANGUAGE_GATE
     if name == "sem_seg_head.pixel_decoder.transformer.level_embed":
         return "pixel_decoder.level_embed.weight"
-    for pattern, replacement in RULES:
-        match = re.fullmatch(pattern, module)
-        if match:
-            try:
-                return f"{match.expand(replacement) if isinstance(replacement, str) else replacement(match)}.{leaf}"
-            except KeyError:
-                break
-    raise ValueError(
-        f"unknown key {name!r} in the checkpoint: not a ReLA parameter. Only the original's own checkpoints are "
-        "converted; backbone-only weights are loaded for training instead"
-    )
+    ours = rename(name, RULES)
+    if ours is None:
+        raise ValueError(
+            f"unknown key {name!r} in the checkpoint: not a ReLA parameter. Only the original's own checkpoints are "
+            "converted; backbone-only weights are loaded for training instead"
+        )
+    return ours
 
 
 def infer_config(
@@ -166,9 +168,16 @@ def infer_config(
         ValueError: when the state dict is neither of a Swin nor of a ResNet ReLA.
     """
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
+    try:
+        return _infer(shapes, num_attention_heads, text_num_attention_heads)
+    except KeyError as error:
+        raise ValueError(f"no {error} among the keys: not a whole ReLA with a Swin or a bottleneck ResNet") from error
+
+
+def _infer(
+    shapes: Mapping[str, tuple[int, ...]], num_attention_heads: int, text_num_attention_heads: int
+) -> RelaConfig:
     pixels, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
-    if f"{predictor}query_embed.weight" not in shapes:
-        raise ValueError("no sem_seg_head.predictor.query_embed.weight among the keys: not a ReLA checkpoint")
     layer = f"{pixels}transformer.encoder.layers.0."
     mask_size, pixel_decoder_size = shapes[f"{pixels}mask_features.weight"][:2]
     num_queries, hidden_size = shapes[f"{predictor}query_embed.weight"]
@@ -177,13 +186,13 @@ def infer_config(
         text_config=_infer_text(shapes, text_num_attention_heads),
         num_attention_heads=num_attention_heads,
         pixel_decoder_size=pixel_decoder_size,
-        pixel_decoder_layers=_count(shapes, rf"{_PIXELS}transformer\.encoder\.layers\.(\d+)\."),
+        pixel_decoder_layers=count_indices(shapes, rf"{_PIXELS}transformer\.encoder\.layers\.(\d+)\."),
         pixel_decoder_ffn_size=shapes[f"{layer}linear1.weight"][0],
         pixel_decoder_points=shapes[f"{layer}self_attn.attention_weights.weight"][0] // (3 * num_attention_heads),
         mask_size=mask_size,
         hidden_size=hidden_size,
         num_queries=num_queries,
-        decoder_layers=_count(shapes, rf"{_PREDICTOR}RIA_layers\.(\d+)\."),
+        decoder_layers=count_indices(shapes, rf"{_PREDICTOR}RIA_layers\.(\d+)\."),
         decoder_ffn_size=shapes[f"{predictor}transformer_ffn_layers.0.linear1.weight"][0],
     )
 
@@ -195,21 +204,19 @@ def _infer_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
         return {
             "backbone": "swin",
             "stage_channels": channels,
-            "depths": [_count(shapes, rf"backbone\.layers\.{i}\.blocks\.(\d+)\.") for i in range(4)],
+            "depths": [count_indices(shapes, rf"backbone\.layers\.{i}\.blocks\.(\d+)\.") for i in range(4)],
             "window_heads": [table[1] for table in tables],
             "window_size": (round(tables[0][0] ** 0.5) + 1) // 2,
             "mlp_ratio": shapes["backbone.layers.0.blocks.0.mlp.fc1.weight"][0] / channels[0],
         }
-    if "backbone.stem.conv1.weight" in shapes:
-        return {
-            "backbone": "resnet",
-            "stage_channels": [shapes[f"backbone.res{i}.0.conv3.weight"][0] for i in range(2, 6)],
-            "depths": [_count(shapes, rf"backbone\.res{i}\.(\d+)\.") for i in range(2, 6)],
-            "stem_channels": shapes["backbone.stem.conv1.weight"][0],
-            "bottleneck_channels": shapes["backbone.res2.0.conv1.weight"][0],
-            "language_fusion": False,
-        }
-    raise ValueError("neither backbone.patch_embed nor backbone.stem among the keys: not a Swin or ResNet ReLA")
+    return {
+        "backbone": "resnet",
+        "stage_channels": [shapes[f"backbone.res{i}.0.conv3.weight"][0] for i in range(2, 6)],
+        "depths": [count_indices(shapes, rf"backbone\.res{i}\.(\d+)\.") for i in range(2, 6)],
+        "stem_channels": shapes["backbone.stem.conv1.weight"][0],
+        "bottleneck_channels": shapes["backbone.res2.0.conv1.weight"][0],
+        "language_fusion": False,
+    }
 
 
 def _infer_text(shapes: Mapping[str, tuple[int, ...]], heads: int) -> BertConfig:
@@ -218,16 +225,12 @@ def _infer_text(shapes: Mapping[str, tuple[int, ...]], heads: int) -> BertConfig
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=_count(shapes, r"text_encoder\.encoder\.layer\.(\d+)\."),
+        num_hidden_layers=count_indices(shapes, r"text_encoder\.encoder\.layer\.(\d+)\."),
         num_attention_heads=heads,
         intermediate_size=shapes["text_encoder.encoder.layer.0.intermediate.dense.weight"][0],
         max_position_embeddings=shapes[f"{embeddings}position_embeddings.weight"][0],
         type_vocab_size=shapes[f"{embeddings}token_type_embeddings.weight"][0],
     )
-
-
-def _count(names: Mapping[str, object], pattern: str) -> int:
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 CARD = """---
@@ -250,13 +253,21 @@ outputs = model(**processor(images=[image], text=["the two people on the left"])
 result = processor.post_process_referring_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
 ```
 
+Keys of the file that have no part in the network: {left_out}.
+
 Region-language gate: {language_gate}. The published evaluation ran with the gate's initial value, sigmoid(0) = 0.5,
 because the original code never loads the stored one; `published` reproduces that, `stored` keeps the file's value.
 """
 
 
 def convert(
-    checkpoint: Path, folder: Path, language_gate: str, tokenizer: str, image_size: int, num_attention_heads: int
+    checkpoint: Path,
+    folder: Path,
+    language_gate: str,
+    tokenizer: str,
+    image_size: int,
+    num_attention_heads: int,
+    text_num_attention_heads: int,
 ) -> RelaModel:
     """Write `folder` with model, processor, their code and a card; nothing is written unless everything converts.
 
@@ -264,24 +275,14 @@ def convert(
         ValueError: for a file that cannot be read or is no ReLA checkpoint, or a folder that is not empty.
         OSError: when the tokenizer cannot be had.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: name a new one")
     state_dict = read_weights(checkpoint)
-    config = infer_config(state_dict, num_attention_heads)
-    model = RelaModel(config)
-    missing, unexpected = model.load_state_dict(convert_state_dict(state_dict, language_gate), strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{checkpoint} is not a whole ReLA: {len(missing)} parameters missing, {missing[:3]} first")
+    weights = convert_state_dict(state_dict, language_gate)
+    model = RelaModel(infer_config(state_dict, num_attention_heads, text_num_attention_heads))
     image_processor = RelaImageProcessor(size={"height": image_size, "width": image_size})
     processor = RelaProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-        whole = Path(staging) / folder.name
-        model.eval().save_pretrained(whole)
-        processor.save_pretrained(whole)
-        card = CARD.format(source=checkpoint.name, language_gate=language_gate)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        whole.replace(folder)
+    left_out = ", ".join(name for name in state_dict if DROPPED.fullmatch(name)) or "none"
+    card = CARD.format(source=checkpoint.name, language_gate=language_gate, left_out=left_out)
+    write_folder(folder, model, weights, processor, card)
     return model
 
 
@@ -291,18 +292,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where to write the converted model")
     parser.add_argument(
         "--language-gate",
-        choices=("published", "stored"),
+        choices=LANGUAGE_GATES,
         default="published",
         help="published: 0, as the published evaluation ran; stored: the file's value",
     )
     parser.add_argument("--tokenizer", default="bert-base-uncased", help="Hub id or folder of BERT's tokenizer")
     parser.add_argument("--image-size", type=int, default=480, help="side of the square the images are squashed to")
     parser.add_argument("--num-attention-heads", type=int, default=8, help="heads of the pixel and region decoders")
+    parser.add_argument("--text-num-attention-heads", type=int, default=12, help="heads of BERT")
     options = parser.parse_args(arguments)
     try:
         model = convert(**vars(options))
     except (ValueError, OSError) as error:
-        print(f"convert_rela: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"convert_rela: {error_line(error, options.checkpoint)}", file=sys.stderr)
         return 2
     print(f"{options.folder}: {model.config.backbone}, {model.num_parameters() / 1e6:.1f} M parameters")
     return 0

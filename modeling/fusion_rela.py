@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+LARGE_MAP = 2**19  # elements
+
 
 class LanguageFusion(nn.Module):
     """Pixel-word attention (LAVT's PWAM), one head: each pixel gathers the words that matter to it.
@@ -41,18 +43,37 @@ class LanguageFusion(nn.Module):
         """
         height, width = pixels.shape[1:3]
         pixels = pixels.flatten(1, 2)
-        vision = per_sentence(nn.functional.gelu(self.vision(pixels)), image_index)
-        query = per_sentence(normalize_pixels(self.query(pixels)), image_index)
+        vision, query = nn.functional.gelu(self.vision(pixels)), normalize_pixels(self.query(pixels))
         words = attention_mask[..., None].to(text.dtype)
         # The output projection is linear, so it is applied to the few words and not to the many pixels.
         key, value = self.key(text) * words, self.out(self.value(text) * words)
-        # Where pixels agree on their words, the normalisation magnifies what little they differ in: fp32, cheap here.
-        with torch.autocast(pixels.device.type, enabled=False):
-            key, value, words = full_precision(key), full_precision(value), full_precision(words)
-            logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (sentences, pixels, tokens)
-            weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
-            gathered = normalize_pixels(weights @ value)
-        return nn.functional.gelu(self.project(vision * gathered.to(vision.dtype))).unflatten(1, (height, width))
+
+        def fuse(sentences: slice) -> torch.Tensor:
+            images = sentences if image_index is None else image_index[sentences]
+            gathered = gather_words(query[images], key[sentences], value[sentences], words[sentences])
+            return nn.functional.gelu(self.project(vision[images] * gathered.to(vision.dtype)))
+
+        if one_by_one(vision, len(text)):
+            fused = torch.cat([fuse(slice(i, i + 1)) for i in range(len(text))])
+        else:
+            fused = fuse(slice(None))
+        return fused.unflatten(1, (height, width))
+
+
+def gather_words(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """What each pixel takes from the words, instance-normalised over the pixels; fp32 at least.
+
+    (batch, pixels, channels), (batch, tokens, channels) x 2, (batch, tokens, 1) -> (batch, pixels, channels).
+    """
+    # Where pixels agree on their words, the normalisation magnifies what little they differ in: fp32, cheap here.
+    with torch.autocast(query.device.type, enabled=False):
+        key, value, words = full_precision(key), full_precision(value), full_precision(words)
+        logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (batch, pixels, tokens)
+        weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
+        # Mean and scale are put in order on the few words, before they are spread over the many pixels.
+        mean = weights.mean(dim=1, keepdim=True)
+        weights, value = weights - mean, value - mean @ value
+        return weights @ (value * _inverse_deviation(weights @ value))
 
 
 class LanguageGate(nn.Module):
@@ -92,8 +113,23 @@ def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
     """Instance normalisation without affine of (batch, pixels, channels) over the pixels, in fp32 at least."""
     x = full_precision(x)
     x = x - x.mean(dim=1, keepdim=True)
+    return x * _inverse_deviation(x, epsilon)
+
+
+def _inverse_deviation(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
+    """(batch, pixels, channels) without mean over the pixels -> 1 / their standard deviation, (batch, 1, channels)."""
     variance = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
-    return x * (variance + epsilon).rsqrt()
+    return (variance + epsilon).rsqrt()
+
+
+def one_by_one(maps: torch.Tensor, batch: int) -> bool:
+    """Whether work on `batch` maps as large as those of `maps` goes faster map by map.
+
+    It does on a CPU: what is too large for its caches comes from fresh pages of memory, which cost more than a batch
+    saves. A compiler plans its memory itself.
+    """
+    large = maps.device.type == "cpu" and batch > 1 and maps[0].numel() >= LARGE_MAP
+    return large and not torch.compiler.is_compiling()
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,11 @@
 """Images of any size and mode to one normalised, padded batch, as MDETR sees them."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 
-from .image_processing_rela import RelaImageProcessor
+from .image_processing_rela import RelaImageProcessor, scale_and_shift, write_pixels
 
 
 class MdetrImageProcessor(RelaImageProcessor):
@@ -37,13 +35,12 @@ class MdetrImageProcessor(RelaImageProcessor):
         if do_resize:
             sizes = [resized_size((x.height, x.width), size.shortest_edge, size.longest_edge) for x in images]
             images = [x.resize(inner[::-1], resample) for x, inner in zip(images, sizes, strict=True)]
-        mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, image_mean, image_std, do_normalize)
         height, width = max(x.height for x in images), max(x.width for x in images)
         pixel_values = np.zeros((len(images), 3, height, width), dtype=np.float32)
         pixel_mask = np.zeros((len(images), height, width), dtype=np.int64)
         for image, canvas, mask in zip(images, pixel_values, pixel_mask, strict=True):
-            pixels = np.asarray(image, dtype=np.float32) * (rescale_factor if do_rescale else 1.0)
-            canvas[:, : image.height, : image.width] = _normalize(pixels, mean, std).transpose(2, 0, 1)
+            write_pixels(image, scale, shift, canvas)
             mask[: image.height, : image.width] = 1
         return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
 
@@ -54,10 +51,6 @@ def resized_size(original: tuple[int, int], shortest: int, longest: int) -> tupl
     if long / short * shortest > longest:
         shortest = max(1, round(longest * short / long))
     return tuple(shortest if side == short else int(shortest * side / short) for side in original)
-
-
-def _normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    return (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
 
 
 MdetrImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,5 +1,7 @@
 """Images in any shape or mode to normalised pixel values, squashed to a square as published or letterboxed."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -73,17 +75,13 @@ class RelaImageProcessor(PilBackend):
         return_tensors: str | None,
         **kwargs: object,
     ) -> BatchFeature:
-        # Rescaling and normalising are one multiplication and one addition per channel.
-        mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
-        scale = np.asarray([(rescale_factor if do_rescale else 1.0) / s for s in std], dtype=np.float32)[:, None, None]
-        shift = np.asarray([-m / s for m, s in zip(mean, std, strict=True)], dtype=np.float32)[:, None, None]
+        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, image_mean, image_std, do_normalize)
         pixel_values = []
         for image in images:
             inner, outer = image_sizes((image.height, image.width), size) if do_resize else ((image.size[::-1],) * 2)
             resized = image if image.size == inner[::-1] else image.resize(inner[::-1], resample)
             canvas = np.zeros((3, *outer), dtype=np.float32)
-            pixels = np.asarray(resized).transpose(2, 0, 1)
-            np.add(pixels * scale, shift, out=canvas[:, : inner[0], : inner[1]])
+            write_pixels(resized, scale, shift, canvas)
             pixel_values.append(canvas)
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
@@ -96,6 +94,21 @@ class RelaImageProcessor(PilBackend):
             mask = np.asarray(enlarged) >= 128
         canvas[: inner[0], : inner[1]] = mask
         return canvas
+
+
+def scale_and_shift(
+    rescale_factor: float, mean: Sequence[float], std: Sequence[float], do_normalize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalising as one multiplication and one addition per channel, (3, 1, 1) each."""
+    mean, std = (mean, std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    scale, shift = [rescale_factor / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return tuple(np.asarray(x, dtype=np.float32)[:, None, None] for x in (scale, shift))
+
+
+def write_pixels(image: Image.Image, scale: np.ndarray, shift: np.ndarray, canvas: np.ndarray) -> None:
+    """Scaled and shifted pixels of an RGB image into the top left of `canvas`, (3, height, width)."""
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    np.add(pixels * scale, shift, out=canvas[:, : image.height, : image.width])
 
 
 def image_sizes(original: tuple[int, int], size: SizeDict | dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:

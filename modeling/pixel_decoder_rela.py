@@ -11,10 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rela import RelaConfig
-
-# Elements of a stride-4 map from which on a CPU decodes the maps of a batch one by one: so many fresh pages of memory
-# cost more than the batch saves.
-LARGE_MAP = 2**20
+from .fusion_rela import one_by_one
 
 
 class PixelDecoder(nn.Module):
@@ -42,9 +39,8 @@ class PixelDecoder(nn.Module):
 
         All are (batch, channels, height, width); the mask features have `mask_size` channels at stride 4.
         """
-        fine = features[0]
-        if fine.device.type == "cpu" and len(fine) > 1 and fine[0].numel() >= LARGE_MAP:
-            decoded = [self._decode([x[i : i + 1] for x in features]) for i in range(len(fine))]
+        if one_by_one(features[0], len(features[0])):
+            decoded = [self._decode([x[i : i + 1] for x in features]) for i in range(len(features[0]))]
             return torch.cat([masks for masks, _ in decoded]), [torch.cat(x) for x in zip(*(x for _, x in decoded))]
         return self._decode(features)
 
@@ -67,7 +63,7 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x, positions, shapes)
         parts = x.split([height * width for height, width in shapes], dim=1)
-        return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class DeformableLayer(GradientCheckpointingLayer):

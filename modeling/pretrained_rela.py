@@ -5,7 +5,7 @@ ResNet weights in detectron2's and torchvision's; position tables of another win
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertModel
 
 from .modeling_rela import RelaModel
-from .weight_files_rela import read_weights
+from .weight_files_rela import Rules, read_weights, rename
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
 _HF_PARTS = {
@@ -106,25 +106,21 @@ def _swin_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**renamed, **joined}
 
 
-# detectron2's, then torchvision's ResNet names; the function gives ours.
-_RESNET_RULES: list[tuple[str, Callable[[re.Match], str]]] = [
-    (r"stem\.conv1\.weight", lambda m: "conv1.conv.weight"),
-    (r"stem\.conv1\.norm\.(\w+)", lambda m: f"conv1.norm.{m[1]}"),
-    (r"res(\d)\.(\d+)\.(\w+)\.weight", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv.weight"),
-    (r"res(\d)\.(\d+)\.(\w+\.norm\.\w+)", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}"),
-    (r"conv1\.weight", lambda m: "conv1.conv.weight"),
-    (r"bn1\.(\w+)", lambda m: f"conv1.norm.{m[1]}"),
-    (r"layer(\d)\.(\d+)\.(conv\d)\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.{m[3]}.conv.weight"),
-    (r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.conv.weight"),
-    (r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.norm.{m[3]}"),
+# detectron2's, then torchvision's ResNet names.
+_RESNET_RULES: Rules = [
+    (r"stem\.conv1", "conv1.conv"),
+    (r"stem\.conv1\.norm", "conv1.norm"),
+    (r"res(\d)\.(\d+)\.(\w+)", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.conv"),
+    (r"res(\d)\.(\d+)\.(\w+)\.norm", lambda m: f"layers.{int(m[1]) - 2}.{m[2]}.{m[3]}.norm"),
+    (r"conv1", "conv1.conv"),
+    (r"bn1", "conv1.norm"),
+    (r"layer(\d)\.(\d+)\.conv(\d)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.conv"),
+    (r"layer(\d)\.(\d+)\.bn(\d)", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.conv{m[3]}.norm"),
+    (r"layer(\d)\.(\d+)\.downsample\.0", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.conv"),
+    (r"layer(\d)\.(\d+)\.downsample\.1", lambda m: f"layers.{int(m[1]) - 1}.{m[2]}.shortcut.norm"),
 ]
 
 
 def _resnet_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in found.items():
-        for pattern, ours in _RESNET_RULES:
-            if match := re.fullmatch(pattern, name.removeprefix("backbone.")):
-                renamed[ours(match)] = value
-    return renamed
+    renamed = {rename(name.removeprefix("backbone."), _RESNET_RULES): value for name, value in found.items()}
+    return {name: value for name, value in renamed.items() if name is not None}

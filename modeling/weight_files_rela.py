@@ -1,33 +1,36 @@
-"""Reads the weights of other people's checkpoints without running anything that is in them."""
+"""Reads the weights of other people's checkpoints without running anything that is in them, and renames them."""
 
+import argparse
 import collections
 import io
 import pickle
+import re
+import tempfile
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, ProcessorMixin
 
+# Their name -> ours. A pattern matches the whole module path; the parameter's own name (weight, bias, ...) follows.
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+_LEAVES = {"weight", "bias", "in_proj_weight", "in_proj_bias", "running_mean", "running_var"}
+_LEAVES.add("relative_position_bias_table")
 _CONTAINERS = ("model", "state_dict")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a `.safetensors`, a torch file (`.pth`, `.pt`, `.bin`) or a detectron2 `.pkl`.
 
-    Training checkpoints are opened at their "model" or "state_dict".
+    Training checkpoints are opened at their "model" or "state_dict"; the prefix of a parallel wrapper is taken off.
 
     Raises:
         ValueError: when the file is missing, damaged, holds more than tensors and plain containers, or no tensors.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name a .pth, .pkl or .safetensors file")
-    try:
-        content = _read(path)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights ({reason}): download it again") from error
+    content = read_file(path)
     for name in _CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -38,7 +41,85 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     }
     if not tensors:
         raise ValueError(f"{path} holds no named tensors: name a checkpoint of weights")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def read_file(path: Path) -> object:
+    """Whatever a weight file holds: tensors, arrays, plain containers and the settings of a command line.
+
+    Raises:
+        ValueError: when the file is missing, damaged, or holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a .pth, .pkl or .safetensors file")
+    try:
+        return _read(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights ({reason}): download it again") from error
+
+
+def rename(name: str, rules: Rules) -> str | None:
+    """Our name of a parameter by the first rule that matches its module; None when there is none."""
+    module, _, leaf = name.rpartition(".")
+    for pattern, replacement in rules if leaf in _LEAVES else ():
+        match = re.fullmatch(pattern, module)
+        if match:
+            try:
+                return f"{match.expand(replacement) if isinstance(replacement, str) else replacement(match)}.{leaf}"
+            except KeyError:  # a part that the rule's table does not have
+                return None
+    return None
+
+
+def split_projections(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The three parts of a fused `in_proj_weight` or `in_proj_bias` by name; any other parameter alone."""
+    module, fused, leaf = name.rpartition(".in_proj_")
+    if not fused:
+        return {name: value}
+    parts = zip("qkv", value.chunk(3), strict=True)
+    return {f"{module}.{letter}_proj.{leaf}": part.clone() for letter, part in parts}
+
+
+def count_indices(names: Mapping[str, object], pattern: str) -> int:
+    """How many different indices `pattern`, whose group 1 is one, finds at the start of the names."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def write_folder(
+    folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], processor: ProcessorMixin, card: str
+) -> None:
+    """Save `model` with `weights`, its processor, their code and a card: all of it, or nothing.
+
+    Raises:
+        ValueError: when the folder is not empty, or the weights are not exactly those of the model.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: name a new one")
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(dict(ours.items() ^ found.items()))
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} parameters are missing, left over or of another shape, {wrong[0]} first: not a whole "
+            f"{type(model).__name__}"
+        )
+    model.load_state_dict(weights)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+        whole = Path(staging) / folder.name
+        model.eval().save_pretrained(whole)
+        processor.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        whole.replace(folder)
+
+
+def error_line(error: Exception, path: Path) -> str:
+    """The first line of an error about `path`, which it names."""
+    line = str(error).splitlines()[0]
+    return line if str(path) in line else f"{path}: {line}"
 
 
 def _read(path: Path) -> object:
@@ -47,7 +128,8 @@ def _read(path: Path) -> object:
     if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
         with path.open("rb") as stream:
             return _TensorUnpickler(stream, encoding="latin1").load()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -1,5 +1,6 @@
 """The published network: converted weights give what the original code gave, and every key of it has a place."""
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -47,7 +48,7 @@ class Golden:
         return model.eval()
 
 
-@pytest.fixture(scope="module", params=["swin_w7_square", "swin_w12_wide", "r50_wide"])
+@pytest.fixture(scope="module", params=["swin_w7_square", "swin_w12_wide", "swin_w5_odd", "r50_wide"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
@@ -76,6 +77,8 @@ def test_outputs_losses_and_gradients_equal_the_original(golden: Golden) -> None
 
 def test_published_gate_is_half_open_and_matters() -> None:
     golden = Golden("r50_wide")
+    with pytest.raises(ValueError, match="language_gate='open'"):
+        golden.model("open")
     stored, published = golden.model("stored"), golden.model("published")
     assert published.region_decoder.layers[0].language.gate.sigmoid().item() == 0.5
     with torch.no_grad():
@@ -108,7 +111,15 @@ def test_unknown_key_is_an_error_and_known_leftovers_are_not() -> None:
     for name in ("criterion.empty_weight", "pixel_mean", "text_encoder.pooler.dense.weight"):
         assert DROPPED.fullmatch(name)
         assert convert_state_dict({name: torch.zeros(1)}) == {}
-    for name in ("backbone.layers.0.surprise.weight", "sem_seg_head.predictor.RLA_extra.0.norm.weight"):
+    for name in (
+        "backbone.layers.0.surprise.weight",
+        "backbone.layers.0.blocks.1.attn.surprise",
+        "backbone.res6.0.conv1.weight",
+        "text_encoder.surprise.weight",
+        "text_encoder.encoder.layer.0.output.dense.surprise",
+        "sem_seg_head.predictor.RLA_extra.0.norm.weight",
+        "sem_seg_head.pixel_decoder.adapter_2.weight",
+    ):
         with pytest.raises(ValueError, match=name):
             convert_state_dict({name: torch.zeros(1)})
     older = convert_state_dict({"sem_seg_head.predictor.static_query.weight": torch.zeros(4, 2)})
@@ -140,6 +151,54 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> Path:
     else:
         torch.save({"model": weights, "iteration": 7}, path)
     return path
+
+
+def test_whatever_surrounds_the_weights_in_a_file_is_left_out(tmp_path: Path) -> None:
+    weights = Golden("r50_wide").weights
+    wrapped = {f"module.{name}": value.half() for name, value in weights.items()}
+    states = {"optimizer": {"state": {0: {"step": 3}}}, "iteration": 7, "args": argparse.Namespace(lr=1e-5)}
+    torch.save({"model": wrapped, **states}, tmp_path / "parallel.pth")
+    (tmp_path / "tensors.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "third party"}))
+    torch.save(weights, tmp_path / "bare.pth")
+    for name in ("parallel.pth", "tensors.pkl", "bare.pth"):
+        found = read_weights(tmp_path / name)
+        assert found.keys() == weights.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value.float(), weights[key], atol=1e-2, rtol=1e-3)
+    assert infer_config(found, 4).to_dict() == infer_config(read_weights(tmp_path / "parallel.pth"), 4).to_dict()
+
+
+def test_command_names_what_is_missing_or_does_not_fit_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    golden = Golden("r50_wide")
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    first, second = "sem_seg_head.predictor.query_embed.weight", "sem_seg_head.predictor.decoder_norm.weight"
+    changes = {
+        "headless": ({first: None}, first),
+        "incomplete": ({second: None}, "region_decoder.heads.norm.weight"),
+        "misshapen": ({second: torch.zeros(3)}, "region_decoder.heads.norm.weight"),
+        "foreign": ({"backbone.surprise.weight": torch.zeros(1)}, "backbone.surprise.weight"),
+    }
+    for name, (change, named) in changes.items():
+        weights = {key: value for key, value in {**golden.weights, **change}.items() if value is not None}
+        path = write_weights(weights, tmp_path / f"{name}.pth")
+        arguments = [str(path), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
+        assert main([*arguments, "--num-attention-heads", "4"]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and str(path) in message and named in message
+        assert not (tmp_path / "out").exists()
+
+
+def test_command_lists_the_keys_it_leaves_out(tmp_path: Path) -> None:
+    golden = Golden("r50_wide")
+    path = write_weights({**golden.weights, "criterion.empty_weight": torch.zeros(2)}, tmp_path / "model.pth")
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = [str(path), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert main([*arguments, "--num-attention-heads", "4"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "no part in the network: criterion.empty_weight." in card and "gate: published." in card
+    assert RelaModel.from_pretrained(tmp_path / "out").region_decoder.layers[0].language.gate.item() == 0
 
 
 class Malice:

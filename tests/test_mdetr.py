@@ -1,8 +1,6 @@
 """MdetrModel: what must hold whatever the weights, that it learns, and that transformers treats it as its own."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from modeling.modeling_mdetr import MdetrModel
 from modeling.pixel_decoder_rela import sine_positions as unpadded_positions
 from modeling.processing_mdetr import MdetrCollator
 from modeling.transformer_mdetr import sine_positions
+from tests.fresh_process import outputs_elsewhere
 from tests.tiny_mdetr import expression_rows, tiny_config, tiny_processor
 
 FROZEN = ("backbone.conv1", "backbone.layers.0")
@@ -243,31 +242,14 @@ def test_saved_model_is_equal(inputs: dict, tmp_path: Path) -> None:
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
-SCRIPT = """
-import sys, torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
-folder, inputs, outputs = sys.argv[1:]
-for auto in (AutoConfig, AutoImageProcessor, AutoProcessor):
-    auto.from_pretrained(folder, trust_remote_code=True)
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    torch.save(dict(model(**torch.load(inputs))), outputs)
-"""
-
-
 @pytest.mark.slow
 def test_saved_model_gives_identical_outputs_in_a_fresh_process_elsewhere(inputs: dict, tmp_path: Path) -> None:
     model, folder = tiny_model(), tmp_path / "saved"
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=elsewhere, check=True)
     with torch.no_grad():
         expected = model(**inputs)
-    found = torch.load(tmp_path / "outputs.pt")
+    found = outputs_elsewhere(folder, inputs, tmp_path)
     for name in ("logits", "pred_boxes", "proj_queries", "proj_tokens"):
         assert torch.equal(found[name], expected[name]), name
 

@@ -1,8 +1,6 @@
 """RelaModel as a transformers citizen: attention, precision, compilation, export, checkpointing, saving."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from modeling.configuration_rela import RelaConfig
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator, RelaProcessor
+from tests.fresh_process import outputs_elsewhere
 from tests.tiny_rela import RESNET, SWIN, expression_rows, tiny_config, tiny_processor
 
 BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
@@ -102,18 +101,6 @@ def test_half_precision_keeps_the_fragile_parts_in_fp32(
     assert everything.isfinite().all()
 
 
-SCRIPT = """
-import sys, torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
-folder, inputs, outputs = sys.argv[1:]
-for auto in (AutoConfig, AutoImageProcessor, AutoProcessor):
-    auto.from_pretrained(folder, trust_remote_code=True)
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    torch.save(dict(model(**torch.load(inputs))), outputs)
-"""
-
-
 @pytest.mark.slow
 @BACKBONES
 def test_saved_model_gives_identical_outputs_in_a_fresh_process_elsewhere(
@@ -122,14 +109,9 @@ def test_saved_model_gives_identical_outputs_in_a_fresh_process_elsewhere(
     model, folder = tiny_model(**changes), tmp_path / "saved"
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=elsewhere, check=True)
     with torch.no_grad():
         expected = model(**inputs)
-    for name, value in torch.load(tmp_path / "outputs.pt").items():
+    for name, value in outputs_elsewhere(folder, inputs, tmp_path).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 
@@ -211,5 +193,5 @@ def test_tuples_and_dictionaries_of_outputs_agree(inputs: dict) -> None:
 def test_large_maps_are_decoded_one_by_one_alike(inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(**SWIN)
     together = model(**inputs).pred_masks
-    monkeypatch.setattr("modeling.pixel_decoder_rela.LARGE_MAP", 1)
+    monkeypatch.setattr("modeling.fusion_rela.LARGE_MAP", 1)
     torch.testing.assert_close(model(**inputs).pred_masks, together, atol=1e-5, rtol=1e-4)
