@@ -29,6 +29,8 @@ class RelaImageProcessor(PilBackend):
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
         """A flat list of images; grey arrays get the channel axis that transformers expects."""
         flat = isinstance(images, list | tuple)
+        if flat and not images:
+            raise ValueError("an empty list of images given to RelaImageProcessor: pass at least one")
         images = [_with_channels(image) for image in images] if flat else _with_channels(images)
         return super()._prepare_images_structure(images, expected_ndims)
 
@@ -36,21 +38,18 @@ class RelaImageProcessor(PilBackend):
         """One image of any kind to an upright RGB one.
 
         Args:
-            image: PIL in any mode; or array or tensor (H, W, 1 | 3 | 4) or channels first, uint8 or floats of 0..1.
+            image: PIL in any mode; or array or tensor (H, W, 1 | 3 | 4) or channels first, integers of 0..255, floats
+                of 0..1 or booleans.
 
         Raises:
             ValueError: for an array of another type, range or shape.
         """
         if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image).convert("RGB")
-        array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
-        if np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
-            array = (array * 255).round().astype(np.uint8)
-        if array.dtype != np.uint8:
-            raise ValueError(
-                f"{array.dtype} image of {array.min()}..{array.max()} given to RelaImageProcessor: pass uint8 of "
-                "0..255 or floats of 0..1"
-            )
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow itself cuts the 16 bits at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return image.convert("RGB")
+        array = _as_array(image)
         if array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
             array = np.moveaxis(array, 0, -1)
         if array.shape[2] not in (1, 3, 4):
@@ -123,6 +122,22 @@ def image_sizes(original: tuple[int, int], size: SizeDict | dict[str, int]) -> t
         )
     height, width = (max(1, round(side * edge / max(original))) for side in original)
     return (height, width), (edge, edge)
+
+
+def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """uint8 of any array or tensor whose numbers can only mean one thing."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    low, high = (image.min(), image.max()) if image.size else (np.nan, np.nan)
+    if image.dtype.kind in "bf" and low >= 0 and high <= 1:
+        return (image * np.float32(255)).round().astype(np.uint8)
+    if image.dtype.kind not in "iu" or low < 0 or high > 255 or not image.size:
+        raise ValueError(
+            f"{image.dtype} image of shape {image.shape} and values {low}..{high} given to RelaImageProcessor: pass "
+            "integers of 0..255 or floats of 0..1"
+        )
+    return image.astype(np.uint8)
 
 
 def _with_channels(image: ImageInput) -> ImageInput:

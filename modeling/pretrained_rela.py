@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import BertModel
 
 from .modeling_rela import RelaModel
 from .weight_files_rela import Rules, read_weights, rename
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
 _HF_PARTS = {
     "attention.output.dense": "attn.proj",
@@ -34,7 +36,7 @@ def load_backbone(model: RelaModel, source: str | Path) -> None:
 
     Args:
         model: with a "swin" or "resnet" trunk of the same sizes; the window may differ.
-        source: a weight file, a folder with model.safetensors, or a Hub id.
+        source: a weight file; a folder or a Hub id with model.safetensors or pytorch_model.bin.
 
     Raises:
         ValueError: when the source cannot be read or does not fill the trunk.
@@ -79,10 +81,16 @@ def resize_position_table(table: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def _locate(source: str | Path) -> Path:
+    """The weight file of a file, a folder or a Hub repository; older repositories have the second kind alone."""
     path = Path(source)
+    if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".pkl", ".safetensors"):
+        return path
     if path.is_dir():
-        return path / "model.safetensors"
-    return path if path.exists() or path.suffix else Path(hf_hub_download(str(source), "model.safetensors"))
+        return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path / WEIGHT_FILES[0])
+    try:
+        return Path(hf_hub_download(str(source), WEIGHT_FILES[0]))
+    except EntryNotFoundError:
+        return Path(hf_hub_download(str(source), WEIGHT_FILES[1]))
 
 
 def _swin_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from modeling.configuration_rela import RelaConfig
-from modeling.fusion_rela import LanguageFusion, normalize_pixels
+from modeling.fusion_rela import LanguageFusion, gather_words, normalize_pixels
 from modeling.loss_rela import category_loss, referring_loss
 from modeling.pixel_decoder_rela import DeformableAttention, gather_points, sine_positions
-from modeling.region_decoder_rela import Prediction
+from modeling.region_decoder_rela import Prediction, RegionLanguage
 from modeling.swin_rela import relative_position_index, shift_mask
 from tests.tiny_rela import BETTER_LOSS, tiny_config
 
@@ -78,6 +78,30 @@ def test_fusion_ignores_padding_and_the_order_of_images() -> None:
     torch.testing.assert_close(fusion(pixels.flip(0), text, mask, 1 - index), fused)
     plain = nn.functional.instance_norm(pixels.flatten(1, 2).transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(normalize_pixels(pixels.flatten(1, 2)), plain)
+
+
+def test_words_are_gathered_by_attention_and_instance_normalised() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 40, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8) + 3
+    words = torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2])[..., None]
+
+    def plain(scale: float) -> torch.Tensor:
+        logits = (scale * query.double()) @ key.double().transpose(1, 2) / 8**0.5
+        gathered = logits.masked_fill(words.transpose(1, 2) == 0, -torch.inf).softmax(-1) @ value.double()
+        return nn.functional.instance_norm(gathered.transpose(1, 2)).transpose(1, 2)
+
+    for scale, tolerance in ((1.0, 1e-5), (1e-2, 3e-4)):  # the second: pixels that nearly agree on their words
+        gathered = gather_words(scale * query, key, value, words)
+        torch.testing.assert_close(gathered.double(), plain(scale), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_reaches_the_regions_as_published_unless_masked(masked: bool) -> None:
+    torch.manual_seed(0)
+    language = RegionLanguage(tiny_config(region_language_mask=masked))
+    query, text, mask = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.tensor([[1, 1, 0, 0, 0]] * 2)
+    other = text + 3 * (1 - mask)[..., None]
+    assert torch.allclose(language(query, other, mask), language(query, text, mask)) == masked
 
 
 def test_sine_positions_tell_every_pixel_apart() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, SwinBackbone, SwinConfig
 
@@ -103,6 +104,26 @@ def test_position_tables_of_another_window_are_interpolated(tmp_path: Path) -> N
     torch.testing.assert_close(resize_position_table(torch.full((49, 3), 2.5), 12), torch.full((529, 3), 2.5))
     column = torch.arange(7.0).repeat(7)[:, None]  # grows to the right: so must the enlarged one
     assert (resize_position_table(column, 12).view(23, 23).diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_come_from_a_folder_or_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {legacy(key): value for key, value in stock_swin().state_dict().items()}
+    torch.save(weights, tmp_path / name) if name.endswith(".bin") else save_file(weights, tmp_path / name)
+
+    def download(repository: str, file: str) -> str:
+        assert repository == "someone/swin-large.v2"
+        if file != name:
+            raise EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("modeling.pretrained_rela.hf_hub_download", download)
+    tables = []
+    for source in (tmp_path, "someone/swin-large.v2"):
+        model = swin()
+        load_backbone(model, source)
+        tables.append(model.vision_encoder.trunk.layers[3].blocks[1].attn.relative_position_bias_table)
+    assert torch.equal(*tables) and tables[0].std() > 0.1
 
 
 def test_weights_that_do_not_fit_are_an_error(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def kinds_of(picture: Image.Image) -> dict[str, object]:
         "tensor channels first": torch.from_numpy(array).permute(2, 0, 1),
         "RGBA array": np.dstack([array, np.full(array.shape[:2], 255, dtype=np.uint8)]),
         "floats": array / 255.0,
+        "integers": array.astype(np.int64),
+        "tensor with gradient": (torch.from_numpy(array) / 255.0).permute(2, 0, 1).requires_grad_(),
         "RGBA": picture.convert("RGBA"),
     }
 
@@ -57,6 +59,27 @@ def test_every_kind_of_the_same_image_gives_the_same_pixels(kind: str, picture: 
 def test_other_modes_become_rgb(mode: str, picture: Image.Image) -> None:
     image = Image.new("I;16", (50, 30)) if mode == "I;16" else picture.convert(mode)
     assert RelaImageProcessor()(image, return_tensors="pt")["pixel_values"].isfinite().all()
+
+
+def test_sixteen_bits_become_eight() -> None:
+    grey = np.linspace(0, 2**16 - 1, 64).astype(np.uint16).reshape(8, 8)
+    processor = RelaImageProcessor(size={"height": 8, "width": 8}, do_normalize=False, do_rescale=False)
+    pixel_values = processor(Image.fromarray(grey), return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(pixel_values[0], [grey // 256] * 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
+@pytest.mark.parametrize("size", [{"height": 64, "width": 64}, {"longest_edge": 64}], ids=["squash", "letterbox"])
+def test_the_smallest_and_the_narrowest_images_have_masks_of_their_size(
+    shape: tuple[int, int], size: dict[str, int]
+) -> None:
+    processor = tiny_processor(size=size)
+    for image in (Image.new("RGB", shape[::-1]), np.zeros((*shape, 3), dtype=np.uint8), np.ones(shape, dtype=bool)):
+        pixel_values = processor(images=image, text="red")["pixel_values"]
+        assert pixel_values.shape == (1, 3, 64, 64) and pixel_values.isfinite().all()
+    outputs = RelaOutput(pred_masks=torch.ones(1, 2, 16, 16), no_target_logits=torch.zeros(1, 2))
+    (result,) = processor.post_process_referring_segmentation(outputs, target_sizes=[shape])
+    assert result["mask"].shape == shape
 
 
 def test_grey_arrays_repeat_their_channel() -> None:
@@ -77,7 +100,18 @@ def test_exif_rotation_is_applied(picture: Image.Image, tmp_path: Path) -> None:
     torch.testing.assert_close(turned, upright)
 
 
-@pytest.mark.parametrize("image", [np.full((4, 4, 3), 7.0), np.zeros((8, 8, 7), dtype=np.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((4, 4, 3), 7.0),
+        np.full((4, 4, 3), np.nan),
+        np.full((4, 4, 3), 256),
+        np.full((4, 4, 3), -1),
+        np.zeros((0, 4, 3), dtype=np.uint8),
+        np.zeros((8, 8, 7), dtype=np.uint8),
+        [],
+    ],
+)
 def test_arrays_that_are_no_image_are_named(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"given to RelaImageProcessor"):
         RelaImageProcessor()(image)
