@@ -22,7 +22,7 @@ import numpy as np
 from gradio.data_classes import ImageData
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from transformers import Pipeline, pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks beside the script only
@@ -93,7 +93,8 @@ NOTHING_YET = '<p class="empty">Choose a picture, write a sentence or a few, and
 
 @dataclass(frozen=True)
 class Answer:
-    """What the page keeps of a sentence: pictures as data URLs, the share of marked pixels, P(no target) in 0..1."""
+    """What the page keeps of a sentence: pictures as data URLs, the share of marked pixels, P(no target) in 0..1, the
+    number of boxes (None where the model gives none)."""
 
     sentence: str
     marked: str
@@ -101,6 +102,7 @@ class Answer:
     share: float
     score: float
     colour: tuple[int, int, int]
+    boxes: int | None = None
 
 
 def make_page(segment: Pipeline) -> gr.Blocks:
@@ -195,8 +197,10 @@ def ask(segment: Pipeline, picture: Image.Image | None, lines: str) -> list[Answ
     found = []
     for number, answer in enumerate(segment(picture, text=sentences)):
         mask, colour = np.asarray(answer["mask"]), COLOURS[number % len(COLOURS)]
-        marked = data_url(overlay(picture, mask, colour))
-        found.append(Answer(answer["sentence"], marked, plain, float(mask.mean()), answer["no_target_score"], colour))
+        boxes = np.asarray(answer["boxes"]).tolist() if "boxes" in answer else None
+        marked = data_url(draw_boxes(overlay(picture, mask, colour), boxes or (), colour))
+        share, number = float(mask.mean()), None if boxes is None else len(boxes)
+        found.append(Answer(answer["sentence"], marked, plain, share, answer["no_target_score"], colour, number))
     return found
 
 
@@ -210,6 +214,17 @@ def overlay(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]
     shown[outer & ~inner] = 255
     shown[inner & ~mask] = colour
     return Image.fromarray(shown.astype(np.uint8))
+
+
+def draw_boxes(picture: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[int, int, int]) -> Image.Image:
+    """The picture with boxes (x0, y0, x1, y1 in pixels) drawn on it, in colour between two white lines."""
+    pen, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 250)
+    for box in boxes:
+        x0, y0, x1, y1 = map(round, box)
+        for inset, ink, width in ((0, (255, 255, 255), 3 * line), (line, colour, line)):
+            if x1 - x0 > 2 * inset and y1 - y0 > 2 * inset:
+                pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=ink, width=width)
+    return picture
 
 
 def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -233,7 +248,8 @@ def show(answers: Sequence[Answer], threshold: float) -> str:
 def card(answer: Answer, threshold: float) -> str:
     """One sentence: the picture, the verdict, the probability of none as a bar with the threshold on it."""
     sentence, none = html.escape(answer.sentence), answer.score > threshold
-    verdict = "<b>None here</b>" if none else f"<b>Found</b>, {answer.share:.1%} of the picture"
+    boxes = "" if answer.boxes is None else f", {answer.boxes} box{'es' * (answer.boxes != 1)}"
+    verdict = "<b>None here</b>" if none else f"<b>Found</b>, {answer.share:.1%} of the picture{boxes}"
     seen = "the plain picture" if none else f"the picture with “{sentence}” marked"
     label = f"Probability of none {answer.score:.2f}, threshold {threshold:.2f}"
     return (

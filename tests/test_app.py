@@ -48,6 +48,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_boxes_are_drawn_and_counted_where_the_model_gives_them() -> None:
+    def segment(picture: Image.Image, text: list[str]) -> list[dict]:
+        mask = np.zeros((picture.height, picture.width), bool)
+        return [{"sentence": text[0], "mask": mask, "no_target_score": 0.1, "boxes": torch.tensor([[8.0, 8, 40, 48]])}]
+
+    (answer,) = app.ask(segment, SCENE, "a box")
+    with Image.open(BytesIO(base64.b64decode(answer.marked.partition(",")[2]))) as picture:
+        pixels = np.asarray(picture.convert("RGB"), int)
+    assert pixels[8, 8:41].min() > 180 and pixels[24, 24].max() < 180, "a white edge, and nothing inside"
+    assert "Found</b>, 0.0% of the picture, 1 box<" in app.card(answer, 0.5)
+    assert "box" not in app.card(app.Answer("a", "", "", 0.1, 0.1, (0, 0, 0)), 0.5)
+
+
 class Counted:
     """A pipeline that counts its runs."""
 
