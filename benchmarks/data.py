@@ -135,7 +135,7 @@ def read_bytes(folder: Path) -> float:
 def parsed_input(folder: Path, parser: str) -> tuple[files.Annotations, list[int]]:
     """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count.
 
-    The lists of numbers that `json.load` leaves burden what makes garbage, as building row by row does.
+    `json.load` leaves millions of lists, among which Python may look for garbage while rows are built.
     """
     if parser == "json.load":
         files.read_instances = lambda path, as_lists=False: files.read_json(path)
