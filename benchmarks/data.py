@@ -10,7 +10,6 @@ CPU seconds, so that other work on the machine counts less; peaks are resident m
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import multiprocessing
@@ -26,21 +25,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import torch
-from PIL import Image
 from pycocotools import mask as coco_mask
-from transformers import BertTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grefcoco
 from grefcoco_data import files, image_rows
 
-SIDE = 480
 FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
 PICTURES = {"--images": 1_500, "--refs": 18_750, "--anns-per-image": 9.84, "--seed": 3, "--jpegs": 1_500}
-SENTENCES = 1_500
 
 
 def main() -> None:
@@ -56,24 +49,22 @@ def main() -> None:
         grefcoco.build(pictures, pictures / "images/train2014", built, num_proc=2)
     print("| what | ours | plain way | ratio | limit |\n|---|---|---|---|---|")
     compare("JSON parsed, CPU s", apart(read_ours, full), apart(read_plain, full), apart(read_bytes, full))
-    compare(
-        "Arrow table, 4,000 images, CPU s",
-        apart(build_columns, full),
-        apart(build_rows, full),
-        apart(copy_table, full),
-    )
+    for parser in ("json.load", "reader"):
+        ours, plain, limit = (apart(way, full, parser) for way in (build_columns, build_rows, copy_table))
+        compare(f"Arrow table, 4,000 images, input parsed by {parser}, CPU s", ours, plain, limit)
     index = apart(index_ours, full), apart(index_original, full, options.original) if options.original else None
     compare("GRefer ready, CPU s", index[0][:1], index[1], apart(read_ours, full))
     print(f"| GRefer, peak GB | {index[0][1]:.2f} | {'' if index[1] is None else f'{index[1][1]:.2f}'} | | |")
     compare("4,000 merged masks, CPU s", apart(masks_ours, full), apart(masks_plain, full), apart(masks_limit, full))
-    one, by_torch = (apart(samples_ours, pictures, built, way) for way in (_pixels, _pixels_by_torch))
-    shared, mapper = apart(samples_shared, pictures, built), apart(samples_mapper, pictures, built)
-    alone = apart(samples_limit, pictures, built, False)
-    compare(f"{SENTENCES:,} samples one by one, CPU s", one, mapper, alone)
-    compare(f"{SENTENCES:,} samples one by one, resized by torch, CPU s", by_torch, mapper, alone)
-    compare(
-        f"{SENTENCES:,} samples sharing images, CPU s", shared, mapper, apart(samples_limit, pictures, built, True)
-    )
+    import data_samples as samples  # not above: torch would count as memory of the rest
+
+    one, by_torch = (apart(samples.ours, pictures, built, way) for way in (samples.by_pillow, samples.by_torch))
+    shared, mapper = (apart(way, pictures, built) for way in (samples.shared, samples.mapper))
+    alone, once = (apart(samples.limit, pictures, built, sharing) for sharing in (False, True))
+    name = f"{samples.SENTENCES:,} samples"
+    compare(f"{name} one by one, CPU s", one, mapper, alone)
+    compare(f"{name} one by one, resized by torch, CPU s", by_torch, mapper, alone)
+    compare(f"{name} sharing images, CPU s", shared, mapper, once)
     stream = apart(stream_epoch, built)
     print(f"| first streamed row, s | {stream[2]['first']:.2f} | | | |")
     print(f"| streamed rows per CPU s | {stream[2]['rows'] / stream[0]:.0f} | | | |")
@@ -98,7 +89,6 @@ def apart(function: Callable, *arguments: object) -> Measure:
 
 def _measured(function: Callable, arguments: tuple) -> Measure:
     datasets.disable_progress_bars()
-    torch.set_num_threads(1)
     start = time.process_time()
     value = function(*arguments)
     seconds = value if isinstance(value, float) else time.process_time() - start
@@ -142,8 +132,13 @@ def read_bytes(folder: Path) -> float:
 # ---- Arrow -------------------------------------------------------------------------------------------------------
 
 
-def parsed_input(folder: Path) -> tuple[files.Annotations, list[int]]:
-    """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count."""
+def parsed_input(folder: Path, parser: str) -> tuple[files.Annotations, list[int]]:
+    """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count.
+
+    `json.load` leaves millions of lists, among which Python may look for garbage while rows are built.
+    """
+    if parser == "json.load":
+        files.read_instances = lambda path, as_lists=False: files.read_json(path)
     notes = files.read_annotations(folder)
     image_ids = list(notes.splits["train"])[:4_000]
     for image_id in image_ids:
@@ -209,8 +204,8 @@ def _expression_row(ref: dict, sentence: dict) -> dict:
     return kept | {"sentence": sentence["sent"], "no_target": not ann_ids, "ann_ids": ann_ids}
 
 
-def _prepare(kind: type[datasets.DatasetBuilder], folder: Path) -> float:
-    kind.parsed = parsed_input(folder)
+def _prepare(kind: type[datasets.DatasetBuilder], folder: Path, parser: str) -> float:
+    kind.parsed = parsed_input(folder, parser)
     with tempfile.TemporaryDirectory() as cache:
         builder = kind(cache_dir=cache, hash="benchmark")
         start = time.process_time()
@@ -218,17 +213,17 @@ def _prepare(kind: type[datasets.DatasetBuilder], folder: Path) -> float:
         return time.process_time() - start
 
 
-def build_columns(folder: Path) -> float:
-    return _prepare(Columns, folder)
+def build_columns(folder: Path, parser: str) -> float:
+    return _prepare(Columns, folder, parser)
 
 
-def build_rows(folder: Path) -> float:
-    return _prepare(Rows, folder)
+def build_rows(folder: Path, parser: str) -> float:
+    return _prepare(Rows, folder, parser)
 
 
-def copy_table(folder: Path) -> float:
+def copy_table(folder: Path, parser: str) -> float:
     """Writing the finished table and nothing else."""
-    notes, image_ids = parsed_input(folder)
+    notes, image_ids = parsed_input(folder, parser)
     tables = list(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
     start = time.process_time()
     with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
@@ -293,149 +288,7 @@ def _mask_unchecked(refer: grefcoco.GRefer, ref: dict) -> None:
         coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(rings, image["height"], image["width"])))
 
 
-# ---- samples -----------------------------------------------------------------------------------------------------
-
-
-def _sentences(built: Path) -> tuple[datasets.Dataset, list[int]]:
-    """Rows of images taken at random, all their sentences, until there are enough."""
-    rows = grefcoco.load(built, split="train", columns=["image", "image_id", "mask", "sentence"])
-    image_ids = np.array(rows.with_format(None)["image_id"][:])
-    order = np.random.default_rng(0).permutation(np.unique(image_ids))
-    return rows, np.concatenate([np.flatnonzero(image_ids == image_id) for image_id in order])[:SENTENCES].tolist()
-
-
-def _tokenizer(rows: datasets.Dataset) -> BertTokenizer:
-    words = {word for sentence in rows.with_format(None)["sentence"][:] for word in sentence.split()}
-    return BertTokenizer(
-        vocab={word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(words)])}
-    )
-
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    """(3, side, side) uint8, as the original mapper gives it."""
-    return _tensor(image.resize((SIDE, SIDE), Image.BILINEAR))
-
-
-def _pixels_by_torch(image: Image.Image) -> torch.Tensor:
-    """(3, side, side) uint8, within one grey level of `_pixels`: the same filter in vectorised integers."""
-    stored = pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)  # PIL's memory, not a copy
-    pixels = torch.from_numpy(stored).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)[0, :3]
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    """(3, height, width) uint8."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
-def _mask(rle: dict) -> torch.Tensor:
-    """(side, side) uint8: the pixel nearest to each place."""
-    mask = coco_mask.decode(rle)
-    rows, columns = (((np.arange(SIDE) + 0.5) * side / SIDE).astype(np.intp) for side in mask.shape)
-    return torch.from_numpy(mask.T.take(columns, axis=0).take(rows, axis=1).T)
-
-
-def _tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and their mask, (20,) each."""
-    ids = ids[:20]
-    return torch.tensor(ids + [0] * (20 - len(ids))), torch.tensor([1] * len(ids) + [0] * (20 - len(ids)))
-
-
-def samples_ours(pictures: Path, built: Path, resize: Callable[[Image.Image], torch.Tensor]) -> float:
-    rows, indices = _sentences(built)
-    encode = _tokenizer(rows).backend_tokenizer.encode
-    random.Random(0).shuffle(indices)
-    start = time.process_time()
-    for index in indices:
-        row = rows[index]
-        resize(row["image"]), _mask(row["mask"]), _tokens(encode(row["sentence"]).ids)
-    return time.process_time() - start
-
-
-def samples_shared(pictures: Path, built: Path) -> float:
-    """Batches of 32 with the sentences of an image side by side, as a sampler grouped by `image_id` gives them."""
-    rows, indices = _sentences(built)
-    encode = _tokenizer(rows).backend_tokenizer.encode
-    start = time.process_time()
-    for at in range(0, len(indices), 32):
-        batch = rows.__getitems__(indices[at : at + 32])
-        pixels = {key: _pixels(image) for key, image in {id(row["image"]): row["image"] for row in batch}.items()}
-        for row in batch:
-            pixels[id(row["image"])], _mask(row["mask"]), _tokens(encode(row["sentence"]).ids)
-    return time.process_time() - start
-
-
-def samples_mapper(pictures: Path, built: Path) -> float:
-    """One sentence at a time from the genuine files, by the steps of the original mapper."""
-    refer = grefcoco.GRefer(pictures)
-    rows, indices = _sentences(built)
-    tokenizer = _tokenizer(rows)
-    records = []
-    for sent_id in _sent_ids(built, indices):
-        ref = refer.sentToRef[sent_id]
-        anns = [ann for ann in refer.loadAnns(files.targets(ref)) if not ann["iscrowd"]]
-        path = pictures / "images/train2014" / refer.Imgs[ref["image_id"]]["file_name"]
-        records.append({"path": path, "annotations": anns, "sentence": refer.Sents[sent_id]["sent"]})
-    random.Random(0).shuffle(records)
-    start = time.process_time()
-    for record in records:
-        mapper_sample(record, tokenizer)
-    return time.process_time() - start
-
-
-def mapper_sample(record: dict, tokenizer: BertTokenizer) -> dict:
-    """The original mapper's work for a sentence: image, padding mask, boxes, masks and tokens, as tensors."""
-    record = copy.deepcopy(record)
-    with Image.open(record["path"]) as image:
-        image.getexif().get(0x0112)
-        pixels = np.asarray(image.convert("RGB"))
-    height, width = pixels.shape[:2]
-    padding = torch.from_numpy(np.ones((height, width)))[None, None]
-    padding = torch.nn.functional.interpolate(padding, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    padding = ~padding[0, 0].numpy().astype(bool)
-    pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.BILINEAR))
-    sample = {"image": torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))}
-    sample["padding_mask"] = torch.as_tensor(np.ascontiguousarray(padding))
-    scale = np.array([SIDE / width, SIDE / height])
-    instances = [
-        [(np.asarray(ring, np.float64).reshape(-1, 2) * scale).reshape(-1) for ring in ann["segmentation"]]
-        for ann in record["annotations"]
-    ]
-    sample["boxes"] = [_box_of_rings(rings) for rings in instances]
-    masks = [torch.zeros((SIDE, SIDE), dtype=torch.bool)]
-    for rings in instances:
-        mask = coco_mask.decode(coco_mask.frPyObjects([ring.tolist() for ring in rings], SIDE, SIDE))
-        masks.append(torch.as_tensor(mask, dtype=torch.uint8).any(dim=2))
-    sample["mask"] = torch.stack(masks).sum(dim=0, keepdim=True).clamp(max=1)
-    sample["tokens"] = _tokens(tokenizer.encode(record["sentence"]))
-    return sample
-
-
-def _box_of_rings(rings: list[np.ndarray]) -> torch.Tensor:
-    low, high = torch.full((2,), float("inf")), torch.zeros(2)
-    for ring in rings:
-        points = torch.from_numpy(ring).view(-1, 2).to(torch.float32)
-        low, high = torch.min(low, points.min(dim=0).values), torch.max(high, points.max(dim=0).values)
-    return torch.cat([low, high])
-
-
-def _sent_ids(built: Path, indices: list[int]) -> list[int]:
-    return grefcoco.load(built, split="train", columns=["sent_id"]).select(indices)["sent_id"][:]
-
-
-def samples_limit(pictures: Path, built: Path, shared: bool) -> float:
-    """Decoding and resizing the image for each sentence, or once for all its sentences, and nothing else."""
-    rows, indices = _sentences(built)
-    names = rows.with_format(None).select(indices)["image_id"][:]
-    paths = [
-        pictures / f"images/train2014/COCO_train2014_{name:012}.jpg" for name in (set(names) if shared else names)
-    ]
-    start = time.process_time()
-    for path in paths:
-        with Image.open(path) as image:
-            image.convert("RGB").resize((SIDE, SIDE), Image.BILINEAR)
-    return time.process_time() - start
+# ---- streaming ----------------------------------------------------------------------------------------------------
 
 
 def stream_epoch(built: Path) -> dict[str, float]:

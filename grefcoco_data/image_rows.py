@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, Value
 
+from grefcoco_data.annotation_json import no_collector
 from grefcoco_data.files import Annotations, ImageFolder, ImageZip, Problems, read_image, targets, to_rle
 
 ROWS_PER_GROUP = 100
@@ -90,6 +91,7 @@ def _read_or_note(
         return None
 
 
+@no_collector()
 def _image_table(
     annotations: Annotations, split: str, image_ids: list[int], pictures: list[bytes], problems: Problems
 ) -> pa.Table:

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +82,17 @@ def test_bad_input_is_one_line_and_code_2(genuine, tmp_path, capsys, trouble):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
+    """A limit on the size of files stands for the disk: writing fails halfway either way."""
+    script = Path(grefcoco.__file__)
+    options = f"--annotations {genuine} --images {genuine / 'train2014'} --out {tmp_path / 'out'}"
+    command = f"ulimit -f 8; exec {sys.executable} {script} build {options} --num-proc {processes}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "could not be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+
+
 def test_check_knows_whole_from_damaged(genuine, built, capsys):
     assert run("check", genuine) == run("check", built) == 0
     printed = capsys.readouterr().out
@@ -92,6 +105,10 @@ def test_check_knows_whole_from_damaged(genuine, built, capsys):
     assert f"DAMAGED: {shard}" in capsys.readouterr().out
     shard.unlink()
     assert run("check", built) == 1
+    grefcoco.build(genuine, genuine / "train2014", built)
+    (built / "data" / "val-00009-of-00010.parquet").write_bytes(b"left over")
+    assert run("check", built) == 1
+    assert "val-00009-of-00010.parquet is no part" in capsys.readouterr().out
     for text in ("{", "{}"):
         (built / "build.json").write_text(text)
         assert run("check", built) == 2
@@ -215,6 +232,13 @@ def test_wrong_checksum_is_thrown_away(server, tmp_path):
     with pytest.raises(ValueError, match="sha256"):
         commands.fetch(server.url, tmp_path / "file", "0" * 64)
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_ends_a_download_in_one_line(server, tmp_path):
+    (tmp_path / "file.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"file\.part: .*No space left.*Run again"):
+        commands.fetch(server.url, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_full_disk_keeps_what_came(server, tmp_path, monkeypatch):

@@ -158,6 +158,18 @@ def test_family_reads_from_pickles(genuine, protocol):
     )
 
 
+def test_pickles_of_python_2_keep_their_text(genuine):
+    as_family(genuine, 2)
+    path = genuine / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    refs[0]["sentences"][0]["raw"] = "@@@@"
+    binary_string = b"U\x05caf\xc3\xa9"  # SHORT_BINSTRING, what Python 2 wrote for str
+    path.write_bytes(pickle.dumps(refs, 2).replace(b"X\x04\0\0\0@@@@", binary_string))
+    notes = files.read_annotations(genuine, "refcoco_unc")
+    texts = {s["raw"] for groups in notes.splits.values() for g in groups.values() for r in g for s in r["sentences"]}
+    assert "café" in texts
+
+
 class Canary:
     def __init__(self, path: Path):
         self.path = path
@@ -257,9 +269,18 @@ def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
         asked.append((name, repo_type, allow_patterns))
         return str(tmp_path)
 
+    (tmp_path / "train2014").mkdir()
     monkeypatch.setattr(files, "snapshot_download", fetch)
     assert files.local_images("hf://datasets/me/coco/train2014") == str(tmp_path / "train2014")
     assert asked == [("me/coco", "dataset", ["train2014", "train2014/*"])] and files.local_images("a.zip") == "a.zip"
+
+
+def test_paths_of_the_hub_that_name_nothing_are_one_error(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="hf://datasets/OWNER/NAME/PATH"):
+        files.local_images("hf://datasets/me")
+    monkeypatch.setattr(files, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="me/coco has no folder or zip 'nowhere'"):
+        files.local_images("hf://datasets/me/coco/nowhere")
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------

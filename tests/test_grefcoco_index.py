@@ -123,6 +123,29 @@ def test_where_the_original_fails(tiny):
         refer.getMaskByRef()
 
 
+def test_odd_lists_of_ids(tiny):
+    refs = json.loads((tiny / "grefs(unc).json").read_text())
+    target = refs[1]["ann_id"][0]
+    refs[0] |= {"ann_id": [], "category_id": []}
+    refs[1] |= {"ann_id": [-1, target, target], "category_id": [-1, 1, 1]}
+    write_json(tiny / "grefs(unc).json", refs)
+    refer = grefcoco.GRefer(tiny)
+    assert refer.getMaskByRef(refs[0]) == [] and refer.getMaskByRef(refs[0], merge=True)["empty"]
+    alone = refer.getMask(refer.Anns[target])["mask"]
+    assert np.array_equal(refer.getMaskByRef(refs[1], merge=True)["mask"], alone)
+    assert len(refer.getMaskByRef(refs[1])) == len(refer.getRefBox(refs[1]["ref_id"])) == 2
+
+
+def test_boxes_of_a_built_folder_are_the_files_decimals(original, rebuilt):
+    assert all(rebuilt.getRefBox(ref_id) == original.getRefBox(ref_id) for ref_id in rebuilt.Refs)
+
+
+@pytest.mark.parametrize(("dataset", "split_by"), [("grefcoco", "umd"), ("refcoco", "berkeley"), ("flickr", "unc")])
+def test_unknown_sets_are_named(tiny, dataset, split_by):
+    with pytest.raises(ValueError, match=f"'{dataset}' split by '{split_by}'"):
+        grefcoco.GRefer(tiny, dataset, split_by)
+
+
 def test_dangling_ids_are_one_error(tiny):
     refs = json.loads((tiny / "grefs(unc).json").read_text())
     refs[1]["ann_id"] = [5]

@@ -104,6 +104,29 @@ def test_shards_of_a_former_build_leave_the_repository(hub: Hub, genuine: Path) 
 
 
 @pytest.mark.slow
+def test_images_come_from_a_repository(hub: Hub, genuine: Path, tmp_path: Path) -> None:
+    hub.folder.mkdir()
+    images = hub.repository("dataset", "you/coco")
+    images.create(private=False)
+    pictures = {f"train2014/{path.name}": images.keep(path.read_bytes()) for path in (genuine / "train2014").iterdir()}
+    images.commit(pictures | {"README.md": images.keep(b"pictures")}, "pictures")
+
+    def build(source: str) -> CompletedProcess:
+        options = ["--annotations", genuine, "--images", source, "--out", tmp_path / "out"]
+        return hub.python(tmp_path / "me", ROOT / "grefcoco.py", "build", *options, token=None)
+
+    for wrong, word in {"you/coco/val2014": "val2014", "you/nothing/train2014": "you/nothing", "you": "OWNER"}.items():
+        refused = build(f"hf://datasets/{wrong}")
+        assert refused.returncode == 2 and word in refused.stderr.splitlines()[-1], refused.stderr
+        assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
+    done = build("hf://datasets/you/coco/train2014")
+    assert done.returncode == 0, done.stderr
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+    assert push(hub, genuine).returncode == 0
+    assert shards == {path.name: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+
+
+@pytest.mark.slow
 def test_private_set_needs_its_owners_token(hub: Hub, genuine: Path, tmp_path: Path) -> None:
     hub.folder.mkdir()
     hub.repository("dataset", "me/grefcoco").create(private=True)
