@@ -207,16 +207,30 @@ def test_mdetr_is_measured_again_the_same(mdetr, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_uploads_a_model_that_others_can_use(dataset, tmp_path):
+def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
+    """Build and push the data, train from the Hub and push the model, measure it from the Hub, use it elsewhere."""
     (tmp_path / "user").mkdir()
     with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
-        flags = tiny(dataset, tmp_path / "out", checkpointing_steps=4, category_warmup_steps=0)
+
+        def shell(*command: object, token: str | None = "hf_me") -> str:
+            done = hub.python(ROOT, *command, token=token, OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        scenes = dataset.parent / "scenes"
+        build = ["--annotations", scenes, "--images", scenes / "train2014", "--out", tmp_path / "built"]
+        shell("grefcoco.py", "build", *build, "--push-to-hub", "me/grefcoco")
+        flags = tiny("me/grefcoco", tmp_path / "out", checkpointing_steps=4, category_warmup_steps=0)
         flags += ["--push_to_hub", "--hub_model_id", "me/rela", "--hub_strategy", "checkpoint"]
-        pushed = hub.python(ROOT, "train.py", *flags, token="hf_me", OMP_NUM_THREADS="1")
-        assert pushed.returncode == 0, pushed.stderr
-        repository = hub.repository("model", "me/rela")
-        assert {"README.md", "model.safetensors", "modeling_rela.py"} <= set(repository.files("main"))
-        code = "from transformers import pipeline, AutoModel\n"
+        shell("train.py", *flags)
+        files = hub.repository("model", "me/rela").files("main")
+        assert {"README.md", "model.safetensors", "modeling_rela.py"} <= set(files)
+        card = ModelCard.load(tmp_path / "out" / "checkpoint" / "README.md")
+        assert card.data.datasets == ["me/grefcoco"] and len(card.data.eval_results[0].dataset_revision) >= 32
+        measure = ["--eval_only", "--checkpoint", "me/rela", "--dataset", "me/grefcoco", "--split", "testA"]
+        shell("train.py", *measure, "--report_to", "none", "--output_dir", tmp_path / "testA")
+        assert "split testA" in (tmp_path / "testA" / "report.md").read_text()
+        code = "from transformers import pipeline\n"
         code += "pipeline('referring-segmentation', 'me/rela', trust_remote_code=True)\n"
         used = hub.python(tmp_path / "user", "-c", code, token=None, OMP_NUM_THREADS="1")
         assert used.returncode == 0, used.stderr

@@ -1,0 +1,82 @@
+"""Speed of a training step beside the original modules: `python -m benchmarks.train --original FOLDER`.
+
+Swin-B at 480 x 480 with random weights in fp32: forward, the published loss, backward, clipping and AdamW on the same
+made batch, turn by turn on one thread; medians of processor time. The original's loss is its three cross entropies.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.model import SIDE, made_inputs
+from benchmarks.original_rela import OriginalRela
+from modeling.configuration_rela import RelaConfig
+from modeling.convert_rela import convert_state_dict
+from modeling.modeling_rela import RelaModel
+from modeling.training_rela import parameter_groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--original", type=Path, required=True, help="checkout of the original ReLA repository")
+    parser.add_argument("--batch", type=int, default=1, help="sentences a step")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the median counts")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    original = OriginalRela(options.original).train()
+    model = RelaModel(RelaConfig(drop_path_rate=0.0)).train()
+    model.load_state_dict(convert_state_dict(original.state_dict()))
+    inputs = made_inputs(options.batch, options.batch)
+    masks = (torch.rand(options.batch, SIDE, SIDE) > 0.9).float()
+    labels = {"masks": masks, "no_target": torch.zeros(options.batch, dtype=torch.bool)}
+    plain = torch.optim.AdamW(original.parameters(), lr=1e-5, weight_decay=0.05)
+    ours = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.05))
+    sides = {
+        "original": step(original, plain, lambda: original_loss(original(**inputs), labels)),
+        "here": step(model, ours, lambda: model(**inputs, labels=labels).loss),
+    }
+    seconds, losses = {name: [] for name in sides}, {}
+    for _ in range(options.repeats + 1):
+        for name, side in sides.items():
+            start = time.process_time()
+            losses.setdefault(name, side())
+            seconds[name].append(time.process_time() - start)
+    before, after = (statistics.median(seconds[name][1:]) for name in sides)  # the first step of each warms up
+    print("| what | original, s | here, s | ratio | losses of the first step |\n|---|---|---|---|---|")
+    both = " and ".join(f"{losses[name]:.5f}" for name in sides)
+    print(f"| a training step, batch {options.batch} | {before:.2f} | {after:.2f} | {before / after:.2f} | {both} |")
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> Callable:
+    """One step of either side; gives its loss."""
+
+    def run() -> float:
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return run
+
+
+def original_loss(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The published criterion on the original's outputs."""
+    weight = torch.tensor([0.9, 1.1])
+    masks = nn.functional.interpolate(outputs["pred_masks"], (SIDE, SIDE), mode="bilinear", align_corners=False)
+    small = nn.functional.interpolate(labels["masks"][:, None], (10, 10), mode="bilinear", align_corners=False)
+    entropy = nn.functional.cross_entropy
+    total = entropy(masks, labels["masks"].long(), weight)
+    total = total + 0.1 * entropy(outputs["pred_logits"].transpose(1, 2), small.flatten(1).long(), weight)
+    return 5 * (total + 0.1 * entropy(outputs["nt_label"], labels["no_target"].long(), weight))
+
+
+if __name__ == "__main__":
+    main()
