@@ -29,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    original = OriginalRela(options.original).train()
-    model = RelaModel(RelaConfig(drop_path_rate=0.0)).train()
+    original = OriginalRela(options.original).eval()  # without drop-out, so that the losses can be compared
+    model = RelaModel(RelaConfig()).eval()
     model.load_state_dict(convert_state_dict(original.state_dict()))
     inputs = made_inputs(options.batch, options.batch)
     masks = (torch.rand(options.batch, SIDE, SIDE) > 0.9).float()

@@ -32,6 +32,7 @@ outputs = model(**processor(images=image, text="the two people on the left", ret
 print(processor.post_process_referring_detection(outputs, target_sizes=[(image.height, image.width)]))
 ```
 """
+PRIVATE = ("dataset", "output_dir", "resume_from_checkpoint", "checkpoint")  # folders of the machine it ran on
 NAMES = {"rela": "ReLA", "mdetr": "MDETR"}
 SHOWN = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
@@ -73,13 +74,14 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation" if model_type == "rela" else "object-detection",
-        tags=["referring-expression", "gRefCOCO", "GRES" if model_type == "rela" else "GREC"],
+        tags=["referring-expression", "gRefCOCO", *(task.upper() for task in SHOWN if task in summary)],
         datasets=[dataset] if on_hub else None,
         model_name=repository.rpartition("/")[2],
         eval_results=results or None,
     )
     usage = (SEGMENTS if model_type == "rela" else DETECTS).format(repository=repository)
-    recipe = yaml.safe_dump({key: value for key, value in config.items() if value not in (None, {}, [], False)})
+    told = {key: value for key, value in config.items() if key not in PRIVATE and value not in (None, {}, [], False)}
+    recipe = yaml.safe_dump(told)
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {repository.rpartition('/')[2]}\n",

@@ -126,6 +126,9 @@ class RelaConfig(PreTrainedConfig):
     relevance_positive_weight: float = 1.0
     """Weight of targets against other objects in the relevance loss. With w, an object that is a target with
     probability p learns to score w p / (w p + 1 - p): with 7/3, GREC's threshold 0.7 lies where p is one half."""
+    merge_instances: bool = False
+    """Add the mask logits of the objects that are chosen (relevance above one half) to the region head's, in
+    `pred_masks`; the losses see each by itself."""
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 

@@ -31,6 +31,8 @@ from .vision_rela import CategoryHead, VisionEncoder
 if TYPE_CHECKING:
     from .pipeline_rela import ReferringSegmentationPipeline  # noqa: F401 (so that its file travels with the model)
 
+CERTAIN = 12.0  # no mask logit says more than this when two are added
+
 
 @dataclass
 class RelaOutput(ModelOutput):
@@ -40,7 +42,7 @@ class RelaOutput(ModelOutput):
         loss: weighted sum, where labels were given.
         loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category", and the instance branch's
             "centre", "box", "giou", "instance_mask", "relevance", "count".
-        pred_masks: (B, 2, height / 4, width / 4) logits.
+        pred_masks: (B, 2, height / 4, width / 4) logits; with `merge_instances` those of the chosen objects added.
         no_target_logits: (B, 2).
         minimap_logits: (B, regions, 2).
         category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
@@ -205,7 +207,7 @@ class RelaModel(RelaPreTrainedModel):
         return RelaOutput(
             loss=loss,
             loss_terms=terms,
-            pred_masks=predictions[-1].masks,
+            pred_masks=self._masks(predictions[-1].masks, objects, choice, image_index),
             no_target_logits=predictions[-1].no_target,
             minimap_logits=predictions[-1].minimap,
             category_logits=category_logits,
@@ -240,6 +242,17 @@ class RelaModel(RelaPreTrainedModel):
             stages = self.vision_encoder.stages(pixel_values.to(_dtype(self.vision_encoder)))
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.object_finder([x.to(_dtype(self.object_finder)) for x in stages])
+
+    def _masks(
+        self, masks: torch.Tensor, objects: Objects | None, choice: Choice | None, image_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The region head's masks (B, 2, h, w), where the configuration says so with the chosen objects' own."""
+        if objects is None or not self.config.merge_instances:
+            return masks
+        chosen = (choice.relevance[-1] > 0)[..., None, None]  # (B, queries, 1, 1)
+        found = per_sentence(objects.masks, image_index).masked_fill(~chosen, -CERTAIN).amax(1)
+        margin = (masks[:, 1] - masks[:, 0]).clamp(-CERTAIN, CERTAIN) + found.clamp(-CERTAIN, CERTAIN)
+        return torch.stack([-margin / 2, margin / 2], dim=1)
 
     def _instances(
         self, objects: Objects | None, choice: Choice | None, regions: Prediction, image_index: torch.Tensor | None

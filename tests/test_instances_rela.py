@@ -78,6 +78,20 @@ def test_regions_never_see_the_instances(inputs: dict) -> None:
     assert not torch.allclose(after.relevance_logits, before.relevance_logits)
 
 
+def test_merged_masks_add_the_chosen_objects_to_the_regions(inputs: dict) -> None:
+    model = tiny_model(**INSTANCES)
+    plain = model(**inputs)
+    model.config.merge_instances = True
+    merged = model(**inputs)
+    chosen, margin = plain.relevance_logits > 0, plain.pred_masks[:, 1] - plain.pred_masks[:, 0]
+    for b in range(len(margin)):
+        own = plain.instance_masks[b][chosen[b]]
+        best = own.amax(0).clamp(-12, 12) if len(own) else torch.full_like(margin[b], -12)
+        found = merged.pred_masks[b, 1] - merged.pred_masks[b, 0]
+        torch.testing.assert_close(found, margin[b].clamp(-12, 12) + best)
+    assert torch.equal(merged.pred_boxes, plain.pred_boxes) and chosen.any() and not chosen.all()
+
+
 def test_objects_are_found_without_reading_but_chosen_by_reading(inputs: dict) -> None:
     model = tiny_model().eval()
     with torch.no_grad():
@@ -272,7 +286,7 @@ def test_overfits_four_sentences_until_boxes_are_right(listed: bool) -> None:
     rows = expression_rows() if listed else [{k: v for k, v in r.items() if k != "objects"} for r in expression_rows()]
     batch = RelaCollator(tiny_processor(), instances=True)(rows)
     model = tiny_model(**BETTER_LOSS, loss_scale=1.0).train()
-    train(model, batch, 160)
+    train(model, batch, 260)
     with torch.no_grad():
         outputs = model.eval()(**{**batch, "labels": None})
     answers = tiny_processor().post_process_referring_detection(outputs, [(64, 64)] * 4)
