@@ -53,7 +53,7 @@ class LanguageFusion(nn.Module):
             gathered = gather_words(query[images], key[sentences], value[sentences], words[sentences])
             return nn.functional.gelu(self.project(vision[images] * gathered.to(vision.dtype)))
 
-        if one_by_one(vision, len(text)):
+        if one_by_one(vision, text.shape[0]):
             fused = torch.cat([fuse(slice(i, i + 1)) for i in range(len(text))])
         else:
             fused = fuse(slice(None))

@@ -39,7 +39,7 @@ class PixelDecoder(nn.Module):
 
         All are (batch, channels, height, width); the mask features have `mask_size` channels at stride 4.
         """
-        if one_by_one(features[0], len(features[0])):
+        if one_by_one(features[0], features[0].shape[0]):
             decoded = [self._decode([x[i : i + 1] for x in features]) for i in range(len(features[0]))]
             return torch.cat([masks for masks, _ in decoded]), [torch.cat(x) for x in zip(*(x for _, x in decoded))]
         return self._decode(features)

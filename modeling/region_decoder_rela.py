@@ -64,7 +64,7 @@ class RegionDecoder(nn.Module):
             nn.functional.interpolate(mask_features, x.shape[-2:], mode="bilinear", align_corners=False).detach()
             for x in levels
         ]
-        query = self.query.weight.expand(len(text), -1, -1)
+        query = self.query.weight.expand(text.shape[0], -1, -1)
         predictions = []
         for i, layer in enumerate(self.layers):
             seen = self.heads.visible(query, small[i % 3])

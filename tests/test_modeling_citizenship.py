@@ -44,14 +44,15 @@ def test_eager_attention_equals_sdpa(inputs: dict, changes: dict) -> None:
 
 
 @pytest.mark.slow
-@BACKBONES
+@pytest.mark.parametrize("changes", [SWIN, RESNET], ids=["swin", "resnet"])
 def test_compiles_without_graph_breaks(inputs: dict, batch: dict, changes: dict) -> None:
     model = tiny_model(**changes)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for some in (inputs, one_to_one(inputs)):
-        torch.testing.assert_close(compiled(**some).pred_masks, model(**some).pred_masks, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+    for some in (one_to_one(inputs), batch):
+        found, expected = compiled(**some), model(**some)
+        torch.testing.assert_close(found.pred_masks, expected.pred_masks, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def one_to_one(inputs: dict) -> dict:

@@ -117,7 +117,8 @@ def prediction(masks: torch.Tensor, no_target: torch.Tensor, sure: float) -> Pre
     """Logits +-`sure` that say exactly what the labels say, on 16 regions."""
     small = nn.functional.interpolate(masks[:, None].float(), (4, 4), mode="area").flatten(1)
     both = [torch.stack([-x, x], dim) * sure for x, dim in ((2 * masks - 1, 1), (2 * small - 1, 2))]
-    return Prediction(both[0], both[1], torch.stack([~no_target, no_target], 1) * 2 * sure - sure)
+    verdicts = torch.stack([~no_target, no_target], 1) * 2 * sure - sure
+    return Prediction(*both, verdicts, regions=torch.zeros(len(masks), 16, 1))
 
 
 @pytest.mark.parametrize("changes", [{}, BETTER_LOSS], ids=["published", "better"])
@@ -142,9 +143,8 @@ def test_minimap_target_is_the_centre_as_published_or_the_covered_fraction() -> 
     for soft, cell in ((False, 0.0), (True, 0.5)):
         config = tiny_config(soft_minimap=soft, class_weights=[1.0, 1.0])
         minimap = torch.zeros(1, 16, 2, requires_grad=True)
-        _, terms = referring_loss(
-            [Prediction(torch.zeros(1, 2, 4, 4), minimap, torch.zeros(1, 2))], masks, no_target, config
-        )
+        flat = Prediction(torch.zeros(1, 2, 4, 4), minimap, torch.zeros(1, 2), regions=torch.zeros(1, 16, 1))
+        _, terms = referring_loss([flat], masks, no_target, config)
         terms["minimap"].backward()
         target = 0.5 - 16 * minimap.grad[0, :, 1]  # the gradient of cross entropy is (0.5 - target) / cells
         assert target[0] == pytest.approx(1.0)
