@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -207,7 +207,7 @@ class Run:
             yield from islice(self._loader(1, start), warm_up - start)
         yield from self._loader(config.sentences_per_image, max(0, start - warm_up))
 
-    def _loader(self, sentences_per_image: int, start: int) -> DataLoader:
+    def _loader(self, sentences_per_image: int, start: int) -> Iterable[dict[str, object]]:
         config, columns = self.config, self.train_columns()
         settings = {
             "collate_fn": self.make_collator(training=True),
@@ -219,7 +219,8 @@ class Run:
             images = partial(grefcoco.load, config.dataset, split="train", streaming=True, layout="image")
             stream = StreamedBatches(lambda names: images(columns=names), columns, self.augmentation, *size, *place)
             workers = min(config.dataloader_num_workers, stream.num_shards)
-            return DataLoader(stream, batch_size=None, num_workers=workers, **settings)
+            stream.start, ahead = start - start % max(1, workers), start % max(1, workers)
+            return islice(DataLoader(stream, batch_size=None, num_workers=workers, **settings), ahead, None)
         rows = grefcoco.load(config.dataset, split="train", columns=columns)
         sampler = SentenceBatchSampler(np.asarray(rows.with_format(None)["image_id"]), *size, *place)
         rows = TrainRows(rows, self.augmentation, config.seed)

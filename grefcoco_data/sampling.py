@@ -108,7 +108,7 @@ class StreamedBatches(IterableDataset):
             streaming=True, layout="image", columns=...)` does.
         columns: of the expression rows.
         rank, world_size: which of how many processes this is.
-        start: number of the first batch.
+        start: number of the first batch; with workers, who take turns from the first on, a multiple of their number.
 
     Raises:
         ValueError: when there are fewer groups of images than processes and workers, or fewer sentences than a batch.

@@ -77,8 +77,9 @@ def test_workers_take_turns_and_resume_exactly(built):
         part = stream(built, start=start, columns=["sent_id", "image_id", "sentence"])
         return DataLoader(part, batch_size=None, num_workers=2, collate_fn=lambda rows: rows)
 
-    whole = ids(islice(loader(0), 160))
-    assert ids(islice(loader(155), 5)) == whole[155:]
+    whole = ids(islice(loader(0), 560))
+    assert ids(islice(loader(154), 6)) == whole[154:160], "in the first epoch"
+    assert ids(islice(loader(554), 6)) == whole[554:], "in another one"
 
 
 def test_streamed_rows_are_the_rows_of_the_index(built):
@@ -97,8 +98,8 @@ def test_streams_are_augmented(built):
 
 
 def test_too_many_processes_are_refused(built):
-    with pytest.raises(ValueError, match="fewer sentences than one batch of 8"):
-        next(iter(stream(built, rank=30, world_size=31)))
+    with pytest.raises(ValueError, match="fewer sentences than one batch of 300"):
+        next(iter(stream(built, rank=30, world_size=31, batch_size=300)))
 
 
 def test_indexed_rows_are_augmented_by_epoch(built):
