@@ -14,6 +14,10 @@ from transformers import HfArgumentParser
 from .augmentation import Augmentation
 
 
+# a mapping in a recipe, JSON when typed: declared as text, for that is all the argument parser reads
+MAPPINGS = ("model", "augmentation", "tower_learning_rates")
+
+
 def option(default: object, help: str) -> dataclasses.Field:
     """A dataclass field with its help text."""
     factory = {"default_factory": lambda: default} if isinstance(default, (dict, list)) else {"default": default}
@@ -32,11 +36,11 @@ class TrainConfig:
     )
     text_column: str = option("sentence", "column with the words: sentence, or raw as published")
     sentences_per_image: int = option(1, "sentences of one image that stay together in a batch and share its decoding")
-    augmentation: str | dict = option({}, "fields of Augmentation: hard_negatives, flip, colour, scale, each 0 to 1")
+    augmentation: str = option({}, "fields of Augmentation: hard_negatives, flip, colour, scale, each 0 to 1")
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
     checkpoint: str | None = option(None, "model folder or Hub id to start from or to evaluate")
-    model: str | dict = option({}, "fields of a new model's configuration; model_type is rela (default) or mdetr")
+    model: str = option({}, "fields of a new model's configuration; model_type is rela (default) or mdetr")
     tokenizer: str | None = option(
         None, "BERT folder or Hub id for tokeniser and text weights; unset trains a small one"
     )
@@ -53,7 +57,7 @@ class TrainConfig:
     per_device_train_batch_size: int = option(48, "sentences a step on each process, before accumulation")
     gradient_accumulation_steps: int = option(1, "batches summed before an optimiser step")
     learning_rate: float = option(1e-5, "AdamW learning rate at its peak")
-    tower_learning_rates: str | dict = option({}, "other peaks, by the beginning of the parameters' names")
+    tower_learning_rates: str = option({}, "other peaks, by the beginning of the parameters' names")
     weight_decay: float = option(0.05, "AdamW decay; norms and embeddings of ReLA are not decayed")
     frozen: list[str] = option([], "beginnings of the names of parameters that are not trained")
     max_grad_norm: float = option(0.01, "gradients are clipped to this norm over the whole model")
@@ -79,7 +83,7 @@ class TrainConfig:
     hub_strategy: str = option("end", "when to upload: end, or checkpoint, which is also after every checkpoint")
 
     def __post_init__(self) -> None:
-        for name in ("model", "augmentation", "tower_learning_rates"):
+        for name in MAPPINGS:
             if isinstance(getattr(self, name), str):
                 setattr(self, name, _json_mapping(name, getattr(self, name)))
         choices = {
@@ -140,4 +144,6 @@ def read_recipe(path: Path) -> dict[str, object]:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
             raise ValueError(f"{path}: unknown key {key!r}{hint}")
+        if key in MAPPINGS and not isinstance(recipe[key], dict):
+            raise ValueError(f"{path}: {key} is {recipe[key]!r}; it must be a mapping")
     return recipe

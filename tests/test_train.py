@@ -33,6 +33,10 @@ def test_recipes_name_only_what_exists(path):
 def test_flags_win_over_the_recipe():
     config = train.parse_config([str(ROOT / "recipes/demo.yaml"), "--dataset", "x", "--learning_rate", "0.5"])
     assert config.learning_rate == 0.5
+    typed = train.parse_config(["--dataset", "x", "--augmentation", '{"flip": 0.5}', "--model", '{"depths": [1]}'])
+    assert typed.augmentation == {"flip": 0.5} and typed.model == {"depths": [1]}
+    with pytest.raises(ValueError, match="augmentation is 'flip', which is not JSON"):
+        train.parse_config(["--dataset", "x", "--augmentation", "flip"])
     assert config.image_size == 128
 
 
@@ -51,7 +55,7 @@ def test_flags_win_over_the_recipe():
         ("dataset: x\nmodel: {model_type: mdetr, depth: 3}", "'depth' is not a field of MdetrConfig"),
         ("dataset: x\naugmentation: {flips: 1}", "'flips' is none of hard_negatives, flip, colour, scale"),
         ("dataset: x\naugmentation: {flip: 2}", "flip is 2; it must be a number from 0 to 1"),
-        ("dataset: x\naugmentation: flip", "augmentation is 'flip', which is not JSON"),
+        ("dataset: x\naugmentation: flip", "augmentation is 'flip'; it must be a mapping"),
         ("dataset: x\nema_decay: 1.5", "ema_decay is 1.5; it must be at least 0 and less than 1"),
         ("dataset: x\nsplit: test", "test"),
     ],
