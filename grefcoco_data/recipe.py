@@ -13,7 +13,6 @@ from transformers import HfArgumentParser
 
 from .augmentation import Augmentation
 
-
 # a mapping in a recipe, JSON when typed: declared as text, for that is all the argument parser reads
 MAPPINGS = ("model", "augmentation", "tower_learning_rates")
 
