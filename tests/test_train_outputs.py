@@ -209,13 +209,14 @@ def test_mdetr_is_measured_again_the_same(mdetr, dataset, tmp_path):
 @pytest.mark.slow
 def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
     """Build and push the data, train from the Hub and push the model, measure it from the Hub, use it elsewhere."""
-    (tmp_path / "user").mkdir()
+    author, user = tmp_path / "author", tmp_path / "user"
+    author.mkdir()
+    user.mkdir()
     with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
 
-        def shell(*command: object, token: str | None = "hf_me") -> str:
-            done = hub.python(ROOT, *command, token=token, OMP_NUM_THREADS="1")
+        def shell(script: str, *flags: object) -> None:
+            done = hub.python(author, ROOT / script, *flags, token="hf_me", OMP_NUM_THREADS="1")
             assert done.returncode == 0, done.stderr
-            return done.stdout
 
         scenes = dataset.parent / "scenes"
         build = ["--annotations", scenes, "--images", scenes / "train2014", "--out", tmp_path / "built"]
@@ -232,7 +233,7 @@ def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
         assert "split testA" in (tmp_path / "testA" / "report.md").read_text()
         code = "from transformers import pipeline\n"
         code += "pipeline('referring-segmentation', 'me/rela', trust_remote_code=True)\n"
-        used = hub.python(tmp_path / "user", "-c", code, token=None, OMP_NUM_THREADS="1")
+        used = hub.python(user, "-c", code, token=None, OMP_NUM_THREADS="1")
         assert used.returncode == 0, used.stderr
-        refused = hub.python(ROOT, "train.py", *flags, token="hf_nobody", OMP_NUM_THREADS="1")
+        refused = hub.python(author, ROOT / "train.py", *flags, token="hf_nobody", OMP_NUM_THREADS="1")
         assert refused.returncode == 2 and "Traceback" not in refused.stderr
