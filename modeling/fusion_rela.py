@@ -48,10 +48,13 @@ class LanguageFusion(nn.Module):
         # The output projection is linear, so it is applied to the few words and not to the many pixels.
         key, value = self.key(text) * words, self.out(self.value(text) * words)
 
+        def seen(x: torch.Tensor, sentences: slice) -> torch.Tensor:
+            # not x[image_index], whose gradients add up in any order
+            return x[sentences] if image_index is None else per_sentence(x, image_index[sentences])
+
         def fuse(sentences: slice) -> torch.Tensor:
-            images = sentences if image_index is None else image_index[sentences]
-            gathered = gather_words(query[images], key[sentences], value[sentences], words[sentences])
-            return nn.functional.gelu(self.project(vision[images] * gathered.to(vision.dtype)))
+            gathered = gather_words(seen(query, sentences), key[sentences], value[sentences], words[sentences])
+            return nn.functional.gelu(self.project(seen(vision, sentences) * gathered.to(vision.dtype)))
 
         if one_by_one(vision, text.shape[0]):
             fused = torch.cat([fuse(slice(i, i + 1)) for i in range(len(text))])

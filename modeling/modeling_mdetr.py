@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mdetr import MdetrConfig
 from .convolution_rela import FrozenBatchNorm
+from .fusion_rela import per_sentence
 from .loss_mdetr import Prediction, grounding_loss
 from .resnet_mdetr import ResNet
 from .transformer_mdetr import DecoderLayer, EncoderLayer, sine_positions
@@ -130,8 +131,7 @@ class MdetrModel(MdetrPreTrainedModel):
                 "image_index, the position of each sentence's image"
             )
         pixels, seen, position = self._read_image(pixel_values, pixel_mask)
-        if image_index is not None:
-            pixels, seen, position = pixels[image_index], seen[image_index], position[image_index]
+        pixels, seen, position = (per_sentence(x, image_index) for x in (pixels, seen, position))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         words = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.text_dropout(self.text_norm(self.text_projection(words)))
