@@ -160,7 +160,7 @@ class Run:
         )
         for group in groups:
             group["peak"] = group["lr"]
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(groups, fused=True)  # one pass over the parameters
         self.average = weight_average(self.model, config.ema_decay) if config.ema_decay else None
         if config.torch_compile:
             self.model.compile()

@@ -44,7 +44,7 @@ class Measurement:
             self._add_masks(indices, outputs, labels, image_index)
         if "pred_boxes" in outputs:
             sizes = [self.sizes[index] for index in indices]
-            found = processor.post_process_referring_detection(outputs, target_sizes=sizes, threshold=0.0)
+            found = processor.post_process_grec(outputs, threshold=0.0, target_sizes=sizes)
             self.grec.add_batch(
                 predictions=[{name: answer[name].cpu().numpy() for name in ("boxes", "scores")} for answer in found],
                 references=[

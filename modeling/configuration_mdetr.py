@@ -13,6 +13,9 @@ class MdetrConfig(PreTrainedConfig):
 
     model_type = "mdetr"
     sub_configs = {"text_config": RobertaConfig}
+    keys_to_ignore_at_inference = [  # by Trainer, which has to gather the others
+        "loss_terms", "pred_isfinal", "proj_queries", "proj_tokens", "auxiliary_outputs",
+    ]  # fmt: skip
 
     text_config: dict | PreTrainedConfig | None = None
     """The RoBERTa encoder; None is roberta-base's configuration."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .image_processing_mdetr import MdetrImageProcessor
 from .loss_mdetr import corners
-from .processing_rela import RelaProcessor
+from .processing_rela import RelaProcessor, detection_labels
 from .root_noun_mdetr import Span, root_nouns
 
 NUM_POSITIONS = 256
@@ -122,7 +122,7 @@ class MdetrCollator:
         self.text_column = text_column
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, object]:
-        """Batch of `MdetrModel.forward` inputs, with the labels that `loss_mdetr` describes."""
+        """Batch of `MdetrModel.forward` inputs, with the labels that `loss_mdetr` and `detection_labels` describe."""
         first = {}
         for row in rows:
             first.setdefault(row["image_id"], row)
@@ -144,6 +144,7 @@ class MdetrCollator:
             "positive_map": positive_map,
             "num_targets": torch.tensor([len(found) for found in targets]),
             "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
+            **detection_labels(rows),
         }
         return {**batch, "labels": labels}
 

@@ -147,25 +147,56 @@ class RelaProcessor(ProcessorMixin):
         Raises:
             ValueError: when the model has no instance branch, or there are not as many sizes as sentences.
         """
-        if "pred_boxes" not in outputs:
-            raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
         canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
         no_target = outputs.no_target_logits.float().softmax(-1)[:, 1].tolist()
+        found = self._detections(outputs, threshold, target_sizes, no_target_threshold)
         results = []
-        for b, (size, none_score) in enumerate(zip(sizes, no_target, strict=True)):
-            scores, order = outputs.pred_scores[b].float().sort(descending=True)
-            kept = order[(scores.double() >= threshold) & (none_score <= no_target_threshold)]
+        for b, (size, none_score, (kept, answer)) in enumerate(zip(sizes, no_target, found, strict=True)):
             masks = [self._enlarge(mask.float(), size, canvas) > 0 for mask in outputs.instance_masks[b, kept]]
             results.append(
                 {
-                    "boxes": self._pixels(outputs.pred_boxes[b, kept].float(), size, canvas),
-                    "scores": scores[: len(kept)],
+                    **answer,
                     "masks": [encode_mask(mask.cpu().numpy()) for mask in masks],
                     "no_target": none_score > no_target_threshold,
                     "no_target_score": none_score,
                 }
             )
         return results
+
+    def post_process_grec(
+        self,
+        outputs: object,
+        threshold: float = 0.7,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None = None,
+        no_target_threshold: float = 0.5,
+    ) -> list[dict[str, torch.Tensor]]:
+        """As `post_process_referring_detection`, boxes and scores alone: what the GREC metric takes.
+
+        Returns:
+            for each sentence {"boxes": (n, 4) x0, y0, x1, y1 in pixels, "scores": (n,) 0..1}, best first.
+        """
+        found = self._detections(outputs, threshold, target_sizes, no_target_threshold)
+        return [answer for _, answer in found]
+
+    def _detections(
+        self,
+        outputs: object,
+        threshold: float,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None,
+        no_target_threshold: float,
+    ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """For each sentence the queries that are kept, best first, and their boxes and scores."""
+        if "pred_boxes" not in outputs:
+            raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
+        canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
+        some = outputs.no_target_logits.float().softmax(-1)[:, 1].double() <= no_target_threshold
+        found = []
+        for b, size in enumerate(sizes):
+            scores, order = outputs.pred_scores[b].float().sort(descending=True)
+            kept = order[(scores.double() >= threshold) & some[b]]
+            boxes = self._pixels(outputs.pred_boxes[b, kept].float(), size, canvas)
+            found.append((kept, {"boxes": boxes, "scores": scores[: len(kept)]}))
+        return found
 
     def _pixels(self, boxes: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
         """cxcywh relative to the processed image -> x0, y0, x1, y1 in pixels of the original, inside it."""
@@ -209,10 +240,10 @@ class RelaCollator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, object]:
         """Batch of `RelaModel.forward` inputs with `labels`: "masks" (B, H, W) uint8, "no_target" (B,) bool, "sent_id"
-        (B,), -1 where rows have none, and with `category_ids` "categories" (images, H, W) int64, 0 for none and -100
-        for crowds. With `instances` also N objects an image, padded with zeros: "object_boxes" (images, N, 4) cxcywh
-        relative to the processed image, "object_masks" (images, N, H / 4, W / 4) uint8, "num_objects" (images,),
-        "targets" (B, N) bool."""
+        (B,), -1 where rows have none, and those of `detection_labels`. With `category_ids` also "categories" (images,
+        H, W) int64, 0 for none and -100 for crowds. With `instances` also N objects an image, padded with zeros:
+        "object_boxes" (images, N, 4) cxcywh relative to the processed image, "object_masks" (images, N, H / 4, W / 4)
+        uint8, "num_objects" (images,), "targets" (B, N) bool."""
         first = {}
         for row in rows:
             first.setdefault(row["image_id"], row)
@@ -228,6 +259,7 @@ class RelaCollator:
             "masks": torch.from_numpy(masks),
             "no_target": torch.tensor([bool(row["no_target"]) for row in rows]),
             "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
+            **detection_labels(rows),
         }
         wanted = first.values() if self.category_index or self.instances else ()
         objects = [self._objects(rows, row) for row in wanted]
@@ -294,6 +326,18 @@ class RelaCollator:
             "num_objects": torch.tensor([len(items) for items in objects]),
             "targets": torch.from_numpy(targets),
         }
+
+
+def detection_labels(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """What boxes are measured by, where rows have boxes: "sizes" (B, 2), height and width in pixels; "target_boxes"
+    (B, N, 4), x0, y0, x1, y1 in pixels, filled up with -100, which is also what Trainer fills labels up with."""
+    if not all("boxes" in row for row in rows):
+        return {}
+    boxes = torch.full((len(rows), max(1, *(len(row["boxes"]) for row in rows)), 4), -100.0)
+    for b, row in enumerate(rows):
+        low, extent = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4).split(2, dim=1)
+        boxes[b, : len(low)] = torch.cat([low, low + extent], dim=1)
+    return {"sizes": torch.tensor([[row["height"], row["width"]] for row in rows]), "target_boxes": boxes}
 
 
 def _quarter(mask: np.ndarray) -> np.ndarray:

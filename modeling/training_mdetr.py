@@ -12,6 +12,7 @@ drops after 3 epochs and is measured with the average. Source: the original main
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,8 +21,9 @@ from transformers import AutoTokenizer
 
 from .configuration_mdetr import MdetrConfig
 from .image_processing_mdetr import MdetrImageProcessor
-from .modeling_mdetr import MdetrModel
+from .modeling_mdetr import MdetrModel, MdetrOutput
 from .processing_mdetr import MdetrProcessor
+from .training_rela import StreamingMetrics as RelaStreamingMetrics
 from .training_rela import rate_factor, refuse_unknown, word_tokenizer
 
 TOWER_RATES = {"backbone": 1e-5, "text_encoder": 1e-5}
@@ -103,3 +105,10 @@ def weight_average(model: torch.nn.Module, decay: float = 0.9998) -> AveragedMod
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     average.update_parameters(model)  # the first update copies
     return average
+
+
+class StreamingMetrics(RelaStreamingMetrics):
+    """GREC scores for Trainer: `StreamingMetrics(grec=evaluate.load("ME/grec"), processor=processor)`."""
+
+    output_class: ClassVar[type[MdetrOutput]] = MdetrOutput
+    output_names: ClassVar[tuple[str, ...]] = ("logits", "pred_boxes")

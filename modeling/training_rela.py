@@ -1,6 +1,7 @@
 """How ReLA is trained and measured, by train.py or by transformers' Trainer.
 
-    collator, metrics = RelaCollator(processor), StreamingMetrics(evaluate.load("ME/gres"))
+    metrics = StreamingMetrics(evaluate.load("ME/gres"))  # with boxes: (gres, evaluate.load("ME/grec"), processor)
+    collator = RelaCollator(processor)  # to train an instance branch: RelaCollator(processor, instances=True)
     arguments = TrainingArguments(OUT, remove_unused_columns=False, label_names=["labels"], batch_eval_metrics=True)
     trainer = Trainer(
         model, arguments, collator, train_dataset, eval_dataset, processing_class=processor,
@@ -13,13 +14,15 @@ Published: AdamW at 1e-5 with decay 0.05, norms and embeddings undecayed (the or
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
-from transformers import AutoTokenizer, BertTokenizer, EvalPrediction, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import ModelOutput
 
 from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor
-from .modeling_rela import RelaModel
+from .modeling_rela import RelaModel, RelaOutput
 from .pretrained_rela import load_backbone, load_text_encoder
 from .processing_rela import RelaProcessor
 
@@ -131,48 +134,88 @@ def rate_factor(
 
 
 class StreamingMetrics:
-    """GRES scores for Trainer with `batch_eval_metrics=True`: a few numbers per sentence, never masks, are kept.
+    """Scores for Trainer with `batch_eval_metrics=True`: a few numbers per sentence, never masks, are kept.
 
     Args:
-        gres: the GRES metric as `evaluate.load` gives it.
+        gres: the GRES metric as `evaluate.load` gives it; None for a model that answers with boxes alone.
+        grec: the GREC metric, for a model that gives boxes; its scores are named "grec/F1_score" and so on.
+        processor: the model's, with `grec`: it puts boxes into pixels.
     """
 
-    def __init__(self, gres: object) -> None:
-        self.accumulator_class = gres.accumulator
-        self.accumulator = gres.accumulator()
+    output_class: ClassVar[type[ModelOutput]] = RelaOutput
+    output_names: ClassVar[tuple[str, ...]] = ("pred_masks", "no_target_logits", "pred_boxes", "pred_scores")
 
-    @staticmethod
+    def __init__(
+        self, gres: object | None = None, grec: object | None = None, processor: ProcessorMixin | None = None
+    ) -> None:
+        self.metrics = {name: metric for name, metric in (("gres", gres), ("grec", grec)) if metric is not None}
+        self.processor = processor
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all sentences."""
+        self.accumulators = {name: metric.accumulator() for name, metric in self.metrics.items()}
+
     @torch.no_grad()
-    def reduce(outputs: tuple[torch.Tensor, ...], labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Counts of a batch on its own device, to be gathered: Trainer's `preprocess_logits_for_metrics`.
+    def reduce(self, outputs: tuple[torch.Tensor, ...], labels: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What is kept of a batch, on its own device, to be gathered: Trainer's `preprocess_logits_for_metrics`.
 
         Args:
-            outputs: `pred_masks` and `no_target_logits` first, as `RelaModel` gives them to Trainer.
-            labels: "masks" (B, height, width), at whose size masks are compared.
+            outputs: as the model gives them to Trainer.
+            labels: of the collator; masks are compared at the size of its "masks", boxes in pixels of the originals.
 
         Returns:
-            (B, 4) float64: pixels of prediction AND truth, of either, of the prediction; the no-target probability.
+            (B, n) float64. Of masks four numbers: pixels of prediction AND truth, of either, of the prediction, and
+            the no-target probability. Of boxes five each: x0, y0, x1, y1, score, -1 where there is none.
         """
-        masks, truth = outputs[0].float(), labels["masks"] > 0.5
-        margin = masks[:, 1:] - masks[:, :1]
-        found = torch.nn.functional.interpolate(margin, truth.shape[-2:], mode="bilinear")[:, 0] > 0
-        counts = [(found & truth).sum((1, 2)), (found | truth).sum((1, 2)), found.sum((1, 2))]
-        return torch.stack([*counts, outputs[1].float().softmax(-1)[:, 1]], dim=1).double()
+        outputs = self.output_class(**dict(zip(self.output_names, outputs)))
+        parts = []
+        if "gres" in self.metrics:
+            masks, truth = outputs.pred_masks.float(), labels["masks"] > 0.5
+            margin = masks[:, 1:] - masks[:, :1]
+            found = torch.nn.functional.interpolate(margin, truth.shape[-2:], mode="bilinear")[:, 0] > 0
+            parts += [(found & truth).sum((1, 2)), (found | truth).sum((1, 2)), found.sum((1, 2))]
+            parts += [outputs.no_target_logits.float().softmax(-1)[:, 1]]
+        if "grec" in self.metrics:
+            answers = self.processor.post_process_grec(outputs, threshold=0.0, target_sizes=labels["sizes"])
+            packed = outputs.pred_boxes.new_full((*outputs.pred_boxes.shape[:2], 5), -1.0, dtype=torch.float64)
+            for row, answer in zip(packed, answers, strict=True):
+                row[: len(answer["scores"])] = torch.cat([answer["boxes"], answer["scores"][:, None]], dim=1)
+            parts += packed.flatten(1).unbind(1)
+        return torch.stack([part.double() for part in parts], dim=1)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """Take in a batch; after the last one give the scores of all and start afresh."""
-        counts, labels = torch.as_tensor(prediction.predictions), prediction.label_ids
-        truth = torch.as_tensor(labels["masks"])
-        self.accumulator.add_counts(
+        kept = torch.as_tensor(prediction.predictions)
+        labels = {name: torch.as_tensor(value) for name, value in prediction.label_ids.items()}
+        if "gres" in self.metrics:
+            self._add_masks(kept[:, :4], labels)
+        if "grec" in self.metrics:
+            boxes = kept[:, 4 if "gres" in self.metrics else 0 :].unflatten(1, (-1, 5))
+            self._add_boxes(boxes.float(), labels)
+        if not compute_result:
+            return {}
+        scores = {name: accumulator.compute() for name, accumulator in self.accumulators.items()}
+        self.restart()
+        grec = {f"grec/{name}": value for name, value in scores.get("grec", {}).items()}
+        return {**scores.get("gres", {}), **grec}
+
+    def _add_masks(self, counts: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
+        self.accumulators["gres"].add_counts(
             intersection=counts[:, 0].long().tolist(),
             union=counts[:, 1].long().tolist(),
             predicted=counts[:, 2].long().tolist(),
-            pixels=[truth[0].numel()] * len(truth),
+            pixels=[labels["masks"][0].numel()] * len(counts),
             no_target_score=counts[:, 3].tolist(),
-            no_target=torch.as_tensor(labels["no_target"]).tolist(),
-            sent_id=torch.as_tensor(labels["sent_id"]).tolist(),
+            no_target=labels["no_target"].tolist(),
+            sent_id=labels["sent_id"].tolist(),
         )
-        if not compute_result:
-            return {}
-        scores, self.accumulator = self.accumulator.compute(), self.accumulator_class()
-        return scores
+
+    def _add_boxes(self, boxes: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
+        found = [row[row[:, 4] >= 0] for row in boxes]
+        truths = [row[row[:, 2] >= 0].numpy() for row in labels["target_boxes"]]
+        sent_ids = labels["sent_id"].tolist()
+        self.accumulators["grec"].add_batch(
+            predictions=[{"boxes": row[:, :4].numpy(), "scores": row[:, 4].numpy()} for row in found],
+            references=[{"boxes": truth, "sent_id": i} for truth, i in zip(truths, sent_ids, strict=True)],
+        )

@@ -7,16 +7,20 @@ import tracemalloc
 import evaluate
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import grefcoco
+from modeling import training_mdetr
+from modeling.modeling_mdetr import MdetrModel
 from modeling.modeling_rela import RelaModel
+from modeling.processing_mdetr import MdetrCollator
 from modeling.processing_rela import RelaCollator
 from modeling.training_rela import StreamingMetrics
-from tests.tiny_rela import expression_rows, tiny_config, tiny_processor
+from tests import tiny_mdetr
+from tests.tiny_rela import INSTANCES, expression_rows, tiny_config, tiny_processor
 from tests.tiny_training import ROOT, make_dataset, tiny, train_here
 
-GRES = evaluate.load(str(ROOT / "evaluate" / "gres"))
+GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,49 @@ def test_the_readmes_fine_tuning_and_its_scores_are_train_pys(dataset, tmp_path,
     assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 100
 
 
+@pytest.mark.parametrize("kind", ["rela", "mdetr"])
+def test_boxes_score_as_in_train_py(dataset, tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "rela":
+        model, processor = RelaModel(tiny_config(**INSTANCES)), tiny_processor()
+        torch.nn.init.constant_(model.instance_chooser.relevance[-1].bias, 3.0)  # so that boxes pass the threshold
+        collator, metrics = RelaCollator(processor), StreamingMetrics(GRES, GREC, processor)
+    else:
+        model, processor = MdetrModel(tiny_mdetr.tiny_config()), tiny_mdetr.tiny_processor()
+        collator = MdetrCollator(processor)
+        metrics = training_mdetr.StreamingMetrics(grec=GREC, processor=processor)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    evaluation = ("--eval_only", "--checkpoint", tmp_path / "model", "--dataset", dataset, "--report_to", "none")
+    assert train_here(*evaluation, "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 8) == 0
+    expected = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = grefcoco.load(str(dataset), split="val")
+    trainer = Trainer(
+        model, arguments(tmp_path), collator, eval_dataset=rows,
+        compute_metrics=metrics, preprocess_logits_for_metrics=metrics.reduce,
+    )  # fmt: skip
+    scores = trainer.evaluate()
+    assert {name: scores[f"eval_grec/{name}"] for name in expected["grec"]} == expected["grec"]
+    assert expected["grec"]["T_acc"] > 0, "no box passed the threshold: nothing was compared"
+    for name in ("gIoU", "N_acc") if kind == "rela" else ():
+        assert scores[f"eval_{name}"] == pytest.approx(expected["gres"][name], abs=1e-9)
+
+
+def test_labels_filled_up_for_other_processes_are_no_boxes():
+    processor = tiny_processor()
+    metrics, batch = StreamingMetrics(GRES, GREC, processor), RelaCollator(processor)(expression_rows())
+    labels = {**batch.pop("labels"), "sent_id": torch.arange(4)}
+    with torch.no_grad():
+        outputs = RelaModel(tiny_config(**INSTANCES)).eval()(**batch)
+    kept = metrics.reduce(tuple(outputs[name] for name in metrics.output_names), labels)
+    expected = metrics(EvalPrediction(kept, labels))
+    filled = torch.nn.functional.pad(labels["target_boxes"], (0, 0, 0, 3), value=-100)
+    assert metrics(EvalPrediction(kept, {**labels, "target_boxes": filled})) == expected
+    moved = labels["target_boxes"].clone()
+    moved[1, 0] = torch.tensor([0.0, 0.0, 9.0, 9.0])
+    assert metrics(EvalPrediction(kept, {**labels, "target_boxes": moved})) != expected, "they are not looked at"
+
+
 def test_trainer_learns_a_batch(tmp_path):
     torch.manual_seed(0)
     model = RelaModel(tiny_config(mask_loss="bce_dice", loss_scale=1.0))
@@ -71,7 +118,7 @@ def test_padding_of_a_sampler_counts_once_and_scores_start_afresh(tmp_path):
     metrics = StreamingMetrics(GRES)
     trainer = trainer_of(RelaModel(tiny_config()), tmp_path, [*rows, rows[0]], metrics)
     first, again = trainer.evaluate(), trainer.evaluate()
-    assert first["eval_gIoU"] == again["eval_gIoU"] and len(metrics.accumulator) == 0
+    assert first["eval_gIoU"] == again["eval_gIoU"] and len(metrics.accumulators["gres"]) == 0
     alone = trainer_of(RelaModel.from_pretrained(_saved(trainer.model, tmp_path)), tmp_path, rows, metrics)
     assert alone.evaluate()["eval_gIoU"] == pytest.approx(first["eval_gIoU"])
 
