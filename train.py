@@ -31,7 +31,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -161,6 +167,12 @@ class Run:
         for group in groups:
             group["peak"] = group["lr"]
         optimizer = torch.optim.AdamW(groups, fused=True)  # one pass over the parameters
+        kind = self.accelerator.distributed_type
+        if config.ema_decay and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"ema_decay is {config.ema_decay}, and with {kind.value} no process holds whole weights to average: "
+                "set it to 0, or train without sharding"
+            )
         self.average = weight_average(self.model, config.ema_decay) if config.ema_decay else None
         if config.torch_compile:
             self.model.compile()

@@ -127,8 +127,9 @@ class RelaConfig(PreTrainedConfig):
     """Weight of targets against other objects in the relevance loss. With w, an object that is a target with
     probability p learns to score w p / (w p + 1 - p): with 7/3, GREC's threshold 0.7 lies where p is one half."""
     merge_instances: bool = False
-    """Add the mask logits of the objects that are chosen (relevance above one half) to the region head's, in
-    `pred_masks`; the losses see each by itself."""
+    """Let regions and instances answer together: in `pred_masks` the mask logits of the objects that are chosen
+    (relevance above one half) are added to the region head's, in `no_target_logits` the relevance logit of the most
+    relevant object is taken from the region head's verdict. The losses see each by itself."""
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 

@@ -101,6 +101,12 @@ class MdetrModel(MdetrPreTrainedModel):
         self.align_tokens = nn.Linear(size, config.contrastive_size) if config.contrastive_size else None
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
         self,

@@ -31,7 +31,7 @@ from .vision_rela import CategoryHead, VisionEncoder
 if TYPE_CHECKING:
     from .pipeline_rela import ReferringSegmentationPipeline  # noqa: F401 (so that its file travels with the model)
 
-CERTAIN = 12.0  # no mask logit says more than this when two are added
+CERTAIN = 12.0  # no logit says more than this when two are added
 
 
 @dataclass
@@ -43,7 +43,7 @@ class RelaOutput(ModelOutput):
         loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category", and the instance branch's
             "centre", "box", "giou", "instance_mask", "relevance", "count".
         pred_masks: (B, 2, height / 4, width / 4) logits; with `merge_instances` those of the chosen objects added.
-        no_target_logits: (B, 2).
+        no_target_logits: (B, 2); with `merge_instances` the relevance of the most relevant object held against it.
         minimap_logits: (B, regions, 2).
         category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
         pred_boxes: (B, queries, 4) cxcywh relative to the processed image, 0..1; like the four below where the model
@@ -140,6 +140,12 @@ class RelaModel(RelaPreTrainedModel):
         self.post_init()
         self.vision_encoder.look_at_gates()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
         self,
@@ -207,11 +213,9 @@ class RelaModel(RelaPreTrainedModel):
         return RelaOutput(
             loss=loss,
             loss_terms=terms,
-            pred_masks=self._masks(predictions[-1].masks, objects, choice, image_index),
-            no_target_logits=predictions[-1].no_target,
+            **self._answers(predictions[-1], objects, choice, image_index),
             minimap_logits=predictions[-1].minimap,
             category_logits=category_logits,
-            **self._instances(objects, choice, predictions[-1], image_index),
             text_hidden_state=text if output_hidden_states else None,
             vision_hidden_states=tuple(features) if output_hidden_states else None,
             pixel_hidden_states=tuple(levels) if output_hidden_states else None,
@@ -243,29 +247,24 @@ class RelaModel(RelaPreTrainedModel):
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.object_finder([x.to(_dtype(self.object_finder)) for x in stages])
 
-    def _masks(
-        self, masks: torch.Tensor, objects: Objects | None, choice: Choice | None, image_index: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The region head's masks (B, 2, h, w), where the configuration says so with the chosen objects' own."""
-        if objects is None or not self.config.merge_instances:
-            return masks
-        chosen = (choice.relevance[-1] > 0)[..., None, None]  # (B, queries, 1, 1)
-        found = per_sentence(objects.masks, image_index).masked_fill(~chosen, -CERTAIN).amax(1)
-        margin = (masks[:, 1] - masks[:, 0]).clamp(-CERTAIN, CERTAIN) + found.clamp(-CERTAIN, CERTAIN)
-        return torch.stack([-margin / 2, margin / 2], dim=1)
-
-    def _instances(
-        self, objects: Objects | None, choice: Choice | None, regions: Prediction, image_index: torch.Tensor | None
+    def _answers(
+        self, regions: Prediction, objects: Objects | None, choice: Choice | None, image_index: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """What `RelaOutput` says of instances."""
+        """What `RelaOutput` says of masks, of "none", and with an instance branch of instances."""
         if objects is None:
-            return {}
-        something = 1 - full_precision(regions.no_target).softmax(-1)[:, 1:]
+            return {"pred_masks": regions.masks, "no_target_logits": regions.no_target}
+        relevance, masks = full_precision(choice.relevance[-1]), per_sentence(objects.masks, image_index)
+        merged, no_target = regions.masks, regions.no_target
+        if self.config.merge_instances:
+            found = masks.masked_fill(relevance[..., None, None] <= 0, -CERTAIN).amax(1)
+            merged, no_target = _sum(_margin(merged), found), _sum(_margin(no_target), -relevance.amax(1))
         return {
+            "pred_masks": merged,
+            "no_target_logits": no_target,
             "pred_boxes": per_sentence(objects.boxes, image_index),
-            "pred_scores": full_precision(choice.relevance[-1]).sigmoid() * something,
+            "pred_scores": relevance.sigmoid() * (1 - full_precision(no_target).softmax(-1)[:, 1:]),
             "relevance_logits": choice.relevance[-1],
-            "instance_masks": per_sentence(objects.masks, image_index),
+            "instance_masks": masks,
             "count_logits": choice.counts,
         }
 
@@ -280,6 +279,17 @@ class RelaModel(RelaPreTrainedModel):
                 f"{'closed' if self.vision_encoder.gates_closed else 'open'}): set num_categories, or leave them out"
             )
         return category_loss(logits, categories)
+
+
+def _margin(pair: torch.Tensor) -> torch.Tensor:
+    """Logits of two classes (B, 2, ...) -> the logit of the second, (B, ...)."""
+    return full_precision(pair[:, 1] - pair[:, 0])
+
+
+def _sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two witnesses' logits (B, ...) of one thing -> logits of two classes (B, 2, ...)."""
+    both = first.clamp(-CERTAIN, CERTAIN) + second.clamp(-CERTAIN, CERTAIN)
+    return torch.stack([-both / 2, both / 2], dim=1)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -90,6 +90,12 @@ def test_merged_masks_add_the_chosen_objects_to_the_regions(inputs: dict) -> Non
         found = merged.pred_masks[b, 1] - merged.pred_masks[b, 0]
         torch.testing.assert_close(found, margin[b].clamp(-12, 12) + best)
     assert torch.equal(merged.pred_boxes, plain.pred_boxes) and chosen.any() and not chosen.all()
+    verdict = merged.no_target_logits[:, 1] - merged.no_target_logits[:, 0]
+    region = plain.no_target_logits[:, 1] - plain.no_target_logits[:, 0]
+    torch.testing.assert_close(verdict, region - plain.relevance_logits.amax(1))
+    torch.testing.assert_close(
+        merged.pred_scores, plain.relevance_logits.sigmoid() * (-verdict.sigmoid() + 1)[:, None]
+    )
 
 
 def test_objects_are_found_without_reading_but_chosen_by_reading(inputs: dict) -> None:

@@ -10,18 +10,26 @@ import sys
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
+from grefcoco_data import image_rows
 from modeling.training_state import aside, broken_seal, put, seal
 from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+    with pytest.MonkeyPatch.context() as patch:  # several files of several groups, as real data has
+        for module in (train.grefcoco, image_rows):
+            patch.setattr(module, "ROWS_PER_GROUP", 4)
+        folder = make_dataset(tmp_path_factory.mktemp("data"))
+    files = sorted((folder / "data").glob("train-*.parquet"))
+    assert [pq.ParquetFile(file).num_row_groups for file in files] == [2, 2, 2, 2]
+    return folder
 
 
 def weights(out):

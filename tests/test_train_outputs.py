@@ -95,6 +95,49 @@ def test_two_processes_are_one(one, dataset, tmp_path):
     assert close(weights(one), weights(out))
 
 
+SHARDED = """
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+import train
+
+init = AcceleratorState.__init__
+
+def sharded(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
+    self.distributed_type = DistributedType.FSDP
+
+AcceleratorState.__init__ = sharded
+train.main()
+"""  # Accelerate keeps FSDP to accelerators; torch's own works on CPUs too
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_whole_ones(dataset, tmp_path):
+    script, environment = tmp_path / "sharded.py", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script.write_text(SHARDED)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = {"per_device_train_batch_size": 4, "max_train_steps": 6, "checkpointing_steps": 4}
+    done = run(*torchrun, "train.py", *tiny(dataset, tmp_path / "whole", **flags), env=environment)
+    assert done.returncode == 0, done.stderr
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    environment |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    command = [*torchrun, script, *tiny(dataset, tmp_path / "parts", **flags)]
+    done = run(*command, env=environment)
+    assert done.returncode == 0, done.stderr
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert found.keys() == expected.keys() and close(expected, found)
+    checkpoint = tmp_path / "parts" / "checkpoints" / "step-00000004"
+    assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "nothing was sharded"
+    done = run(*command, "--resume_from_checkpoint", "latest", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(found[name], value) for name, value in weights(tmp_path / "parts").items())
+    done = run(*command, "--ema_decay", "0.9", env=environment)
+    assert (
+        done.returncode != 0 and "ema_decay is 0.9" in done.stderr and "Traceback" not in done.stderr.split("====")[0]
+    )
+
+
 def test_checkpointed_activations_are_the_same(one, dataset, tmp_path):
     assert train_here(*plain(dataset, tmp_path / "out"), "--gradient_checkpointing") == 0
     assert close(weights(one), weights(tmp_path / "out"))
