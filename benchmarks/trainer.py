@@ -64,7 +64,8 @@ def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
     """Train as the recipe says; where it has a category warm-up, that is a training of its own before."""
     columns = [*train.COLUMNS, "boxes", "objects"]
     rows, val = (grefcoco.load(config.dataset, split=split, columns=columns) for split in ("train", config.split))
-    categories = sorted({item["category_id"] for row in rows.with_format(None)["objects"] for item in row})
+    images = grefcoco.load(config.dataset, split="train", layout="image", columns=["objects"], streaming=True)
+    categories = sorted({item["category_id"] for image in images for item in image["objects"]})
     fields = dict(config.model)
     family = train.FAMILIES[fields.pop("model_type", "rela")]
     if config.category_supervision:
