@@ -58,7 +58,7 @@ from modeling import training_mdetr, training_rela
 from modeling.processing_mdetr import MdetrCollator
 from modeling.processing_rela import RelaCollator, decode_mask
 from modeling.training_mdetr import weight_average
-from modeling.training_rela import rate_factor
+from modeling.training_rela import flat, rate_factor
 from modeling.training_state import aside, broken_seal, put, seal
 
 ROOT = Path(__file__).resolve().parent
@@ -550,12 +550,6 @@ def vision_only(batch: dict[str, object]) -> dict[str, object]:
     known = ("categories", "object_boxes", "object_masks", "num_objects")
     labels = {name: batch["labels"][name] for name in known if name in batch["labels"]}
     return {"pixel_values": batch["pixel_values"], "labels": labels}
-
-
-def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """One level of names: those of GRES as they are, those of GREC after "grec/"."""
-    grec = {f"grec/{name}": value for name, value in scores.get("grec", {}).items()}
-    return {**scores.get("gres", {}), **grec}
 
 
 def _scalars(values: dict[str, object]) -> dict[str, object]:

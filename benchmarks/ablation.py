@@ -21,34 +21,19 @@ from train import Run, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "unified.yaml"
-PUBLISHED = {
-    "mask_loss": "ce", "auxiliary_loss": False, "soft_minimap": False, "region_language_mask": False,
-    "region_language_weight": 0.1, "class_weights": [0.9, 1.1], "minimap_loss_weight": 0.1,
-    "no_target_loss_weight": 0.1, "loss_scale": 5.0, "num_instance_queries": 0, "merge_instances": False,
-    "count_loss_weight": 0.0,
-}  # fmt: skip
-EQUAL_WEIGHTS = {"no_target_loss_weight": 1.0, "loss_scale": 1.0, "class_weights": [1.0, 0.7]}
-REGIONS = {
-    "region_language_mask": True,
-    "region_language_weight": 1.0,
-    "soft_minimap": True,
-    "minimap_loss_weight": 1.0,
-}
-HARD_NEGATIVES = {"augmentation": {"hard_negatives": 0.15}}
-NO_CATEGORIES = {"category_supervision": False}
-# name: (fields of the model, flags of the run) that it adds to the row above
+# What each row adds to the one above: fields of the recipe's model, other fields, flags of the run. Before they are
+# added they have RelaConfig's defaults, which are the published ones.
+EQUAL_WEIGHTS = ("no_target_loss_weight", "loss_scale", "class_weights")
+LANGUAGE_MASK = ("region_language_mask", "region_language_weight")
 ADDED = {
-    "published loss": ({}, {"augmentation": {}}),
-    "+ dice, auxiliary losses, equal weights": (
-        {"mask_loss": "bce_dice", "auxiliary_loss": True, **EQUAL_WEIGHTS},
-        {},
-    ),
-    "+ language mask, soft minimap": (REGIONS, {}),
-    "+ instance branch": ({"num_instance_queries": 16}, {}),
-    "+ hard negatives": ({}, HARD_NEGATIVES),
-    "+ counting": ({"count_loss_weight": 0.1}, {}),
-    "no counting, no category supervision": ({"count_loss_weight": 0.0}, NO_CATEGORIES),
-    "the same, open gates": ({"language_gate": "open"}, {}),
+    "published loss": ((), {}, {"augmentation": {}}),
+    "+ dice, auxiliary losses, equal weights": (("mask_loss", "auxiliary_loss", *EQUAL_WEIGHTS), {}, {}),
+    "+ language mask, soft minimap": ((*LANGUAGE_MASK, "soft_minimap", "minimap_loss_weight"), {}, {}),
+    "+ instance branch": (("num_instance_queries",), {}, {}),
+    "+ hard negatives": ((), {}, {"augmentation": {"hard_negatives": 0.15}}),
+    "+ counting": ((), {"count_loss_weight": 0.1}, {}),
+    "no counting, no category supervision": ((), {"count_loss_weight": 0.0}, {"category_supervision": False}),
+    "the same, open gates": ((), {"language_gate": "open"}, {}),
 }
 SCORES = {"gIoU": 2, "cIoU": 2, "N_acc": 3, "T_acc": 3, "grec/F1_score": 3}  # and their decimals
 
@@ -62,10 +47,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ADDED), choices=list(ADDED), metavar="ROW")
     options = parser.parse_args()
-    recipes, model, flags = {}, {**read_recipe(RECIPE)["model"], **PUBLISHED}, read_recipe(RECIPE)
-    for name, (fields, changes) in ADDED.items():
-        model, flags = {**model, **fields}, {**flags, **changes}
-        recipes[name] = {**flags, "model": model, "max_train_steps": options.steps, "eval_steps": options.steps}
+    flags, recipes = read_recipe(RECIPE), {}
+    whole, later = flags["model"], {"merge_instances", *(name for names, _, _ in ADDED.values() for name in names)}
+    model = {name: value for name, value in whole.items() if name not in later}
+    for row, (names, fields, changes) in ADDED.items():
+        model, flags = {**model, **{name: whole[name] for name in names}, **fields}, {**flags, **changes}
+        recipes[row] = {**flags, "model": model, "max_train_steps": options.steps, "eval_steps": options.steps}
     runs = [(name, seed) for seed in options.seeds for name in options.rows]
     folders = {(name, seed): options.out / f"{list(ADDED).index(name)}-seed{seed}" for name, seed in runs}
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -87,7 +74,7 @@ def run(recipe: dict[str, object], seed: int, out: Path, dataset: str) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = ["--seed", seed, "--report_to", "none", "--resume_from_checkpoint", "latest"]
     train(out, [out / "recipe.yaml", *flags], dataset)
-    if recipe["model"]["num_instance_queries"]:
+    if "num_instance_queries" in recipe["model"]:
         together = out / "together"
         shutil.copytree(out / "checkpoint", together / "model", dirs_exist_ok=True)
         config = json.loads((together / "model" / "config.json").read_text())

@@ -149,7 +149,7 @@ class RelaProcessor(ProcessorMixin):
         """
         canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
         no_target = outputs.no_target_logits.float().softmax(-1)[:, 1].tolist()
-        found = self._detections(outputs, threshold, target_sizes, no_target_threshold)
+        found = self._detections(outputs, threshold, canvas, sizes, no_target_threshold)
         results = []
         for b, (size, none_score, (kept, answer)) in enumerate(zip(sizes, no_target, found, strict=True)):
             masks = [self._enlarge(mask.float(), size, canvas) > 0 for mask in outputs.instance_masks[b, kept]]
@@ -175,20 +175,21 @@ class RelaProcessor(ProcessorMixin):
         Returns:
             for each sentence {"boxes": (n, 4) x0, y0, x1, y1 in pixels, "scores": (n,) 0..1}, best first.
         """
-        found = self._detections(outputs, threshold, target_sizes, no_target_threshold)
+        canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
+        found = self._detections(outputs, threshold, canvas, sizes, no_target_threshold)
         return [answer for _, answer in found]
 
     def _detections(
         self,
         outputs: object,
         threshold: float,
-        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None,
+        canvas: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
         no_target_threshold: float,
     ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """For each sentence the queries that are kept, best first, and their boxes and scores."""
         if "pred_boxes" not in outputs:
             raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
-        canvas, sizes = _sizes(outputs.pred_masks, target_sizes)
         some = outputs.no_target_logits.float().softmax(-1)[:, 1].double() <= no_target_threshold
         found = []
         for b, size in enumerate(sizes):

@@ -197,8 +197,7 @@ class StreamingMetrics:
             return {}
         scores = {name: accumulator.compute() for name, accumulator in self.accumulators.items()}
         self.restart()
-        grec = {f"grec/{name}": value for name, value in scores.get("grec", {}).items()}
-        return {**scores.get("gres", {}), **grec}
+        return flat(scores)
 
     def _add_masks(self, counts: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
         self.accumulators["gres"].add_counts(
@@ -219,3 +218,9 @@ class StreamingMetrics:
             predictions=[{"boxes": row[:, :4].numpy(), "scores": row[:, 4].numpy()} for row in found],
             references=[{"boxes": truth, "sent_id": i} for truth, i in zip(truths, sent_ids, strict=True)],
         )
+
+
+def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """One level of names: those of GRES as they are, those of GREC after "grec/"."""
+    grec = {f"grec/{name}": value for name, value in scores.get("grec", {}).items()}
+    return {**scores.get("gres", {}), **grec}
