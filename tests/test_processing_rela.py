@@ -320,3 +320,10 @@ def test_processor_survives_saving(tmp_path: Path, picture: Image.Image) -> None
     AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     for name, value in processor(images=picture, text=[LONG]).items():
         torch.testing.assert_close(loaded(images=picture, text=[LONG])[name], value)
+
+
+def test_sizes_of_boxes_may_be_an_iterator():
+    outputs, processor = detections([0.8, 0.69, 0.9]), tiny_processor()
+    for process in (processor.post_process_referring_detection, processor.post_process_grec):
+        (expected,), (found,) = (process(outputs, target_sizes=sizes) for sizes in ([(32, 96)], iter([(32, 96)])))
+        torch.testing.assert_close(found["boxes"], expected["boxes"])
