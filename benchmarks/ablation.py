@@ -2,7 +2,8 @@
 
 Every row adds one part to the one above, is trained for the same steps with several seeds by train.py, and is measured
 on `val`. Rows that change answers alone ("answered together", "calibrated") are measured anew, not trained. A row that
-has its metrics.json is not run again, so an interrupted table goes on where it was.
+has its metrics.json is not run again, so an interrupted table goes on where it was. Flags this program does not know
+are train.py's.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ADDED), choices=list(ADDED), metavar="ROW")
-    options = parser.parse_args()
+    options, added = parser.parse_known_args()
     flags, recipes = read_recipe(RECIPE), {}
     whole, later = flags["model"], {"merge_instances", *(name for names, _, _ in ADDED.values() for name in names)}
     model = {name: value for name, value in whole.items() if name not in later}
@@ -57,7 +58,8 @@ def main() -> None:
     folders = {(name, seed): options.out / f"{list(ADDED).index(name)}-seed{seed}" for name, seed in runs}
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [
-            pool.submit(run, recipes[name], seed, folder, options.dataset) for (name, seed), folder in folders.items()
+            pool.submit(run, recipes[name], ["--seed", seed, *added], folder, options.dataset)
+            for (name, seed), folder in folders.items()
         ]
     for finished in waiting:
         finished.result()
@@ -68,12 +70,11 @@ def main() -> None:
             print(table_row(name + kind, [scores[kind] for scores in measured]))
 
 
-def run(recipe: dict[str, object], seed: int, out: Path, dataset: str) -> None:
+def run(recipe: dict[str, object], flags: list[object], out: Path, dataset: str) -> None:
     """Train a row; where it has instances, measure it a second time with regions and instances answering together."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    flags = ["--seed", seed, "--report_to", "none", "--resume_from_checkpoint", "latest"]
-    train(out, [out / "recipe.yaml", *flags], dataset)
+    train(out, [out / "recipe.yaml", *flags, "--report_to", "none", "--resume_from_checkpoint", "latest"], dataset)
     if "num_instance_queries" in recipe["model"]:
         together = out / "together"
         shutil.copytree(out / "checkpoint", together / "model", dirs_exist_ok=True)

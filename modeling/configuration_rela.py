@@ -123,13 +123,10 @@ class RelaConfig(PreTrainedConfig):
     """Weight of the instance masks' cross entropy and dice, in loss and (dice alone) matching."""
     relevance_loss_weight: float = 1.0
     """Weight of each layer's relevance loss; of the relevance's error in matching."""
-    relevance_positive_weight: float = 1.0
-    """Weight of targets against other objects in the relevance loss. With w, an object that is a target with
-    probability p learns to score w p / (w p + 1 - p): with 7/3, GREC's threshold 0.7 lies where p is one half."""
     merge_instances: bool = False
-    """Let regions and instances answer together: in `pred_masks` the mask logits of the objects that are chosen
-    (relevance above one half) are added to the region head's, in `no_target_logits` the relevance logit of the most
-    relevant object is taken from the region head's verdict. The losses see each by itself."""
+    """Let regions and instances answer together: in `pred_masks` the mask logits of the chosen objects (relevant with
+    more than even odds, given that any is) are added to the region head's, in `no_target_logits` the logit of "none of
+    the objects is relevant" to the region head's verdict. The losses see each by itself."""
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 

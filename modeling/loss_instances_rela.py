@@ -69,11 +69,8 @@ def instance_loss(
     if choice is not None:
         truth = _relevance(pairs, labels, image_index, choice.relevance[-1])
         sentences = mean_number(per_sentence(labels["num_objects"], image_index))
-        positive = truth.new_tensor(config.relevance_positive_weight)
         for logits in choice.relevance:
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                full_precision(logits), truth, reduction="sum", pos_weight=positive
-            )
+            loss = nn.functional.binary_cross_entropy_with_logits(full_precision(logits), truth, reduction="sum")
             terms["relevance"] = loss / sentences
             total = total + weights["relevance"] * terms["relevance"]
         if choice.counts is not None:

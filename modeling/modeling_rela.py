@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .pipeline_rela import ReferringSegmentationPipeline  # noqa: F401 (so that its file travels with the model)
 
 CERTAIN = 12.0  # no logit says more than this when two are added
+FAINT = 80.0  # exp(-FAINT) is a number in fp32 still
 
 
 @dataclass
@@ -43,13 +44,14 @@ class RelaOutput(ModelOutput):
         loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category", and the instance branch's
             "centre", "box", "giou", "instance_mask", "relevance", "count".
         pred_masks: (B, 2, height / 4, width / 4) logits; with `merge_instances` those of the chosen objects added.
-        no_target_logits: (B, 2); with `merge_instances` the relevance of the most relevant object held against it.
+        no_target_logits: (B, 2); with `merge_instances` the objects' own verdict added: that none of them is relevant.
         minimap_logits: (B, regions, 2).
         category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
         pred_boxes: (B, queries, 4) cxcywh relative to the processed image, 0..1; like the four below where the model
             has an instance branch.
-        pred_scores: (B, queries), the probability that the sentence refers to the object: relevance x (1 - no target).
-        relevance_logits: (B, queries), before the no-target verdict.
+        pred_scores: (B, queries), the probability that the sentence refers to the object: its relevance, given that
+            any object is relevant, x (1 - no target).
+        relevance_logits: (B, queries), each object's own, before the no-target verdict.
         instance_masks: (B, queries, height / 4, width / 4) logits of each object's own mask.
         count_logits: (B, max_count + 1), number of targets, the last meaning "so many or more"; with a counting head.
         text_hidden_state: (B, tokens, text channels).
@@ -255,14 +257,19 @@ class RelaModel(RelaPreTrainedModel):
             return {"pred_masks": regions.masks, "no_target_logits": regions.no_target}
         relevance, masks = full_precision(choice.relevance[-1]), per_sentence(objects.masks, image_index)
         merged, no_target = regions.masks, regions.no_target
+        # log-probabilities: that no object is meant, that any is, and of each object given that any is
+        relevance = relevance.clamp(min=-FAINT)
+        none = nn.functional.logsigmoid(-relevance).sum(1, keepdim=True)
+        some = (-none.expm1()).log()
+        meant = (nn.functional.logsigmoid(relevance) - some).exp()
         if self.config.merge_instances:
-            found = masks.masked_fill(relevance[..., None, None] <= 0, -CERTAIN).amax(1)
-            merged, no_target = _sum(_margin(merged), found), _sum(_margin(no_target), -relevance.amax(1))
+            found = masks.masked_fill(meant[..., None, None] <= 0.5, -CERTAIN).amax(1)
+            merged, no_target = _sum(_margin(merged), found), _sum(_margin(no_target), (none - some)[:, 0])
         return {
             "pred_masks": merged,
             "no_target_logits": no_target,
             "pred_boxes": per_sentence(objects.boxes, image_index),
-            "pred_scores": relevance.sigmoid() * (1 - full_precision(no_target).softmax(-1)[:, 1:]),
+            "pred_scores": meant * (1 - full_precision(no_target).softmax(-1)[:, 1:]),
             "relevance_logits": choice.relevance[-1],
             "instance_masks": masks,
             "count_logits": choice.counts,
