@@ -1,9 +1,8 @@
 """What each part of the unified recipe brings: `python -m benchmarks.ablation DATASET OUT --steps 800 --jobs 2`.
 
-Every row adds one part to the one above, is trained for the same steps with several seeds by train.py, and is measured
-on `val`. Rows that change answers alone ("answered together", "calibrated") are measured anew, not trained. A row that
-has its metrics.json is not run again, so an interrupted table goes on where it was. Flags this program does not know
-are train.py's.
+Every row is trained for the same steps with several seeds by train.py, and is measured on `val`. Rows that change
+answers alone ("answered together", "calibrated") are measured anew, not trained. A row that has its metrics.json is
+not run again, so an interrupted table goes on where it was. Flags this program does not know are train.py's.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import yaml
 
 from grefcoco_data.recipe import read_recipe
@@ -22,19 +22,27 @@ from train import Run, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "unified.yaml"
-# What each row adds to the one above: fields of the recipe's model, other fields, flags of the run. Before they are
-# added they have RelaConfig's defaults, which are the published ones.
-EQUAL_WEIGHTS = ("no_target_loss_weight", "loss_scale", "class_weights")
-LANGUAGE_MASK = ("region_language_mask", "region_language_weight")
-ADDED = {
-    "published loss": ((), {}, {"augmentation": {}}),
-    "+ dice, auxiliary losses, equal weights": (("mask_loss", "auxiliary_loss", *EQUAL_WEIGHTS), {}, {}),
-    "+ language mask, soft minimap": ((*LANGUAGE_MASK, "soft_minimap", "minimap_loss_weight"), {}, {}),
-    "+ instance branch": (("num_instance_queries",), {}, {}),
-    "+ hard negatives": ((), {}, {"augmentation": {"hard_negatives": 0.15}}),
-    "+ counting": ((), {"count_loss_weight": 0.1}, {}),
-    "no counting, no category supervision": ((), {"count_loss_weight": 0.0}, {"category_supervision": False}),
-    "the same, open gates": ((), {"language_gate": "open"}, {}),
+# Fields of the model, where they are not RelaConfig's defaults, which are the published ones.
+LOSS = {
+    "mask_loss": "bce_dice", "auxiliary_loss": True, "no_target_loss_weight": 1.0, "loss_scale": 1.0,
+    "class_weights": [1.0, 0.7],
+}  # fmt: skip
+LANGUAGE = {
+    "region_language_mask": True, "region_language_weight": 1.0, "soft_minimap": True, "minimap_loss_weight": 1.0
+}  # fmt: skip
+INSTANCES = {"num_instance_queries": 16}
+HARD_NEGATIVES = {"augmentation": {"hard_negatives": 0.15}}
+UNSUPERVISED = HARD_NEGATIVES | {"category_supervision": False}  # open gates leave nothing to teach categories to
+ROWS = {  # fields of the model, flags of the run; all else is the recipe's
+    "published loss": ({}, {}),
+    "+ dice, auxiliary losses, equal weights": (LOSS, {}),
+    "+ language mask, soft minimap": (LOSS | LANGUAGE, {}),
+    "+ instance branch": (LOSS | LANGUAGE | INSTANCES, {}),
+    "+ hard negatives": (LOSS | LANGUAGE | INSTANCES, HARD_NEGATIVES),
+    "+ counting": (LOSS | LANGUAGE | INSTANCES | {"count_loss_weight": 0.1}, HARD_NEGATIVES),
+    "no counting, no category supervision": (LOSS | LANGUAGE | INSTANCES, UNSUPERVISED),
+    "the same, open gates": (LOSS | LANGUAGE | INSTANCES | {"language_gate": "open"}, UNSUPERVISED),
+    "instance branch, neither language mask nor soft minimap": (LOSS | INSTANCES, {}),
 }
 SCORES = {"gIoU": 2, "cIoU": 2, "N_acc": 3, "T_acc": 3, "grec/F1_score": 3}  # and their decimals
 
@@ -46,16 +54,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--rows", nargs="+", default=list(ADDED), choices=list(ADDED), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     options, added = parser.parse_known_args()
-    flags, recipes = read_recipe(RECIPE), {}
-    whole, later = flags["model"], {"merge_instances", *(name for names, _, _ in ADDED.values() for name in names)}
-    model = {name: value for name, value in whole.items() if name not in later}
-    for row, (names, fields, changes) in ADDED.items():
-        model, flags = {**model, **{name: whole[name] for name in names}, **fields}, {**flags, **changes}
-        recipes[row] = {**flags, "model": model, "max_train_steps": options.steps, "eval_steps": options.steps}
+    torch.set_num_threads(1)  # calibrating happens in this process, while others train
+    common = {**read_recipe(RECIPE), "max_train_steps": options.steps, "eval_steps": options.steps}
+    later = {*LOSS, *INSTANCES, "merge_instances"}
+    model = {name: value for name, value in common["model"].items() if name not in later}
+    recipes = {row: {**common, **flags, "model": {**model, **fields}} for row, (fields, flags) in ROWS.items()}
     runs = [(name, seed) for seed in options.seeds for name in options.rows]
-    folders = {(name, seed): options.out / f"{list(ADDED).index(name)}-seed{seed}" for name, seed in runs}
+    folders = {(name, seed): options.out / f"{list(ROWS).index(name)}-seed{seed}" for name, seed in runs}
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [
             pool.submit(run, recipes[name], ["--seed", seed, *added], folder, options.dataset)
