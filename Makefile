@@ -2,7 +2,7 @@
 PYTHON ?= python3
 LEVEL ?= easy
 DATA ?= data
-RECIPE ?= recipes/demo.yaml
+RECIPE ?= recipes/unified.yaml
 OUT ?= runs/demo
 TRAIN_FLAGS ?=
 SCENES_FLAGS ?= --train 2000 --val 150 --testA 150 --testB 150 --no-target 0.15

@@ -1,7 +1,7 @@
 """Train and evaluate a model for generalised referring expressions with Accelerate.
 
     accelerate launch train.py recipes/rela_swin_base.yaml --dataset data/grefcoco --output_dir runs/rela
-    python train.py recipes/demo.yaml --dataset data/easy --output_dir runs/demo
+    python train.py recipes/unified.yaml --dataset data/easy --output_dir runs/demo
     python train.py --eval_only --checkpoint runs/demo/checkpoint --dataset data/easy --split testA
 
 A recipe is a YAML file whose keys are the flags below; flags typed after it win. A run leaves in `output_dir`:

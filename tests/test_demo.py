@@ -28,7 +28,7 @@ def test_shortened_demo_and_a_second_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "run"
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) >= {"gres", "train"} and metrics["train"]["steps"] == 30
+    assert set(metrics) >= {"gres", "grec", "train"} and metrics["train"]["steps"] == 30
     assert 0 <= metrics["gres"]["gIoU"] <= 100
     page = (out / "report.md").read_text()
     assert "always empty" in page and "every object" in page and "predictions.png" in page

@@ -31,7 +31,7 @@ def test_recipes_name_only_what_exists(path):
 
 
 def test_flags_win_over_the_recipe():
-    config = train.parse_config([str(ROOT / "recipes/demo.yaml"), "--dataset", "x", "--learning_rate", "0.5"])
+    config = train.parse_config([str(ROOT / "recipes/unified.yaml"), "--dataset", "x", "--learning_rate", "0.5"])
     assert config.learning_rate == 0.5
     typed = train.parse_config(["--dataset", "x", "--augmentation", '{"flip": 0.5}', "--model", '{"depths": [1]}'])
     assert typed.augmentation == {"flip": 0.5} and typed.model == {"depths": [1]}
@@ -73,7 +73,7 @@ def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset, capsys
 
 def test_a_missing_data_set_is_one_clear_line(tmp_path):
     done = run(
-        "train.py", ROOT / "recipes/demo.yaml", "--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"
+        "train.py", ROOT / "recipes/unified.yaml", "--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"
     )
     assert done.returncode == 2
     assert "nowhere" in done.stderr and "Traceback" not in done.stderr
@@ -167,7 +167,7 @@ def test_the_ten_lines_of_the_readme(finished, dataset, capsys):
     exec(code, {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 3 and all(
-        re.search(r": (none|\d+ pixels) \(none with probability [01]\.\d\d\)$", s) for s in lines
+        re.search(r": (none|\d+ pixels, boxes: \d+) \(none with probability [01]\.\d\d\)$", s) for s in lines
     )
 
 

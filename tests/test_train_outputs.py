@@ -57,7 +57,7 @@ def plain(dataset: Path, out: Path, **flags: object) -> list[str]:
     """Arguments of a run without drop-out whose loss is a mean over sentences."""
     (path,) = tiny(dataset, out, category_warmup_steps=0, category_supervision=False, max_train_steps=6, **flags)
     recipe = yaml.safe_load(Path(path).read_text())
-    recipe["model"] |= {"class_weights": [1.0, 1.0]}
+    recipe["model"] |= {"class_weights": [1.0, 1.0], "num_instance_queries": 0, "merge_instances": False}
     recipe["model"]["text_config"]["hidden_dropout_prob"] = 0.0
     Path(path).write_text(yaml.safe_dump(recipe))
     return [path]

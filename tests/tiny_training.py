@@ -39,7 +39,7 @@ def train_here(*flags: object) -> int:
 
 def tiny(dataset: Path, out: Path, **flags: object) -> list[str]:
     """Arguments of a run that takes seconds, with drop-out on so that random numbers matter."""
-    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes" / "unified.yaml").read_text())
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     sizes = {"stem_channels": 8, "stage_channels": [8, 8, 16, 16], "pixel_decoder_size": 16, "mask_size": 16}
     model = recipe["model"] | sizes | {"hidden_size": 16, "depths": [1, 1, 1, 1], "decoder_ffn_size": 16}
