@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from benchmarks.ablation import RECIPE, ROWS
 from grefcoco_data.sampling import SentenceBatchSampler
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
-from modeling.training_rela import parameter_groups, rate_factor, word_tokenizer
+from modeling.training_rela import parameter_groups, rate_factor, refuse_unknown, word_tokenizer
 from tests.tiny_training import ROOT, make_dataset, run, tiny
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -27,7 +28,17 @@ def dataset(tmp_path_factory):
 def test_recipes_name_only_what_exists(path):
     config = train.parse_config([str(path), "--dataset", "x"])
     fields = dict(config.model)
-    {"rela": RelaConfig, "mdetr": MdetrConfig}[fields.pop("model_type", "rela")](**fields)
+    config_class = {"rela": RelaConfig, "mdetr": MdetrConfig}[fields.pop("model_type", "rela")]
+    refuse_unknown(fields, config_class)
+    config_class(**fields)
+
+
+def test_the_ablation_changes_only_what_exists():
+    recipe = train.parse_config([str(RECIPE), "--dataset", "x"])
+    for fields, flags in ROWS.values():
+        refuse_unknown(fields, RelaConfig)
+        RelaConfig(**{**recipe.model, **fields})
+        train.parse_config([str(RECIPE), "--dataset", "x", *(f"--{name}={json.dumps(flags[name])}" for name in flags)])
 
 
 def test_flags_win_over_the_recipe():
