@@ -20,6 +20,7 @@ from .instances_rela import Choice, Objects
 Labels = dict[str, torch.Tensor]
 Terms = dict[str, torch.Tensor]
 Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image, query and object of each matched pair
+WORST = 1e6  # matching cost of what is not finite
 
 
 def instance_loss(
@@ -40,9 +41,6 @@ def instance_loss(
         labels: see the module.
         image_index: (B,) which image each sentence is about; None for one each.
         config: holds the weights.
-
-    Raises:
-        ValueError: when a matching cost is not finite: the model has diverged.
     """
     objects = Objects(*map(full_precision, objects))
     number = mean_number(labels["num_objects"])
@@ -86,10 +84,8 @@ def match(
 ) -> Pairs:
     """The cheapest one-to-one pairs of queries and objects in each image, by box, mask and relevance.
 
-    The cost of relevance is how far it is from what the sentences about the image refer to, on average.
-
-    Raises:
-        ValueError: when a cost is not finite: the model has diverged.
+    The cost of relevance is how far it is from what the sentences about the image refer to, on average. A query that
+    is not finite is matched last; where the model has diverged, the loss is not finite either, and says so.
     """
     targets = labels["object_boxes"].to(objects.boxes.dtype)
     masks, truth = objects.masks.sigmoid().flatten(2), labels["object_masks"].flatten(2).to(objects.masks.dtype)
@@ -105,13 +101,12 @@ def match(
         sentences = torch.bincount(image, minlength=len(costs)).clamp(min=1)[:, None, None]
         costs = costs + config.relevance_loss_weight * torch.zeros_like(costs).index_add(0, image, error) / sentences
     pairs: list[list[np.ndarray]] = [[], [], []]
-    for i, (cost, count) in enumerate(zip(costs.cpu().double().numpy(), labels["num_objects"].tolist(), strict=True)):
-        if not np.isfinite(cost[:, :count]).all():
-            raise ValueError(f"matching cost of image {i} is not finite: the model has diverged, or a box has no area")
+    costs = costs.cpu().double().nan_to_num(nan=WORST, posinf=WORST, neginf=WORST).numpy()
+    for i, (cost, count) in enumerate(zip(costs, labels["num_objects"].tolist(), strict=True)):
         queries, items = assign(cost[:, :count])
         for side, values in zip(pairs, (np.full(len(queries), i), queries, items), strict=True):
             side.append(values)
-    return tuple(torch.from_numpy(np.concatenate(side)).to(costs.device) for side in pairs)
+    return tuple(torch.from_numpy(np.concatenate(side)).to(targets.device) for side in pairs)
 
 
 def centre_map(shape: tuple[int, int, int], labels: Labels) -> torch.Tensor:

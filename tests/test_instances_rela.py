@@ -10,7 +10,7 @@ import torch
 
 from modeling.boxes_rela import corners, generalized_iou
 from modeling.instances_rela import Choice, ObjectFinder, Objects, outside
-from modeling.loss_instances_rela import centre_map, match
+from modeling.loss_instances_rela import centre_map, instance_loss, match
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator, decode_mask
 from modeling.region_decoder_rela import Prediction
@@ -252,9 +252,11 @@ def test_matching_prefers_box_mask_and_relevance(batch: dict) -> None:
     relevance = torch.zeros_like(output.relevance_logits)
     relevance[:, 3] = 8.0 * labels["targets"][:, 0] - 4
     assert match(objects, Choice([relevance], None), labels, index, model.config)[1].tolist() == [1, 3, 1, 3]
-    objects.boxes[0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="matching cost of image 0 is not finite"):
-        match(objects, None, labels, index, model.config)
+    objects.boxes[0, 0, 0], objects.masks[1, 5] = torch.nan, torch.inf
+    assert match(objects, Choice([relevance], None), labels, index, model.config)[1].tolist() == [1, 3, 1, 3]
+    objects.boxes[:] = torch.nan
+    loss, _ = instance_loss(objects, Choice([relevance], None), labels, index, model.config)
+    assert not loss.isfinite(), "a model that has diverged is not noticed"
 
 
 @pytest.mark.slow
