@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -34,6 +33,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    broadcast_object_list,
     gather_object,
     send_to_device,
     set_seed,
@@ -45,43 +45,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import grefcoco
-from grefcoco_data import report
-from grefcoco_data.augmentation import Augmentation
-from grefcoco_data.measurement import Measurement
-from grefcoco_data.model_card import model_card
-from grefcoco_data.recipe import TrainConfig, parse_config
-from grefcoco_data.sampling import SentenceBatchSampler, StreamedBatches, TrainRows
-from modeling import training_mdetr, training_rela
-from modeling.processing_mdetr import MdetrCollator
-from modeling.processing_rela import RelaCollator, decode_mask
-from modeling.training_mdetr import weight_average
-from modeling.training_rela import flat, rate_factor
-from modeling.training_state import aside, broken_seal, put, seal
+from grefcoco_data.atomic_files import publish, remove_staging, seal, seal_fault, staging_folder, write_text
+from grefcoco_data.loading import category_ids
+from modeling.trainer_metrics import flat
+from scoring import report
+from scoring.answers import answers_of
+from scoring.measurement import Measurement
+from scoring.model_card import model_card
+from scoring.pictures import draw_answers, draw_learning_curve
+from training.augmentation import Augmentation
+from training.config import TrainConfig, parse_config
+from training.families import FAMILIES, Family, load_checkpoint, new_model
+from training.sampling import SentenceBatchSampler, StreamedBatches, TrainRows
+from training.schedule import rate_factor, weight_average
 
-ROOT = Path(__file__).resolve().parent
-GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
-FAMILIES = {"rela": training_rela, "mdetr": training_mdetr}  # how each kind of model is made and trained
-COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
 LOGGING_STEPS = 50  # steps between records of the loss
-STOP_STEPS = 10  # steps between the moments at which several processes ask each other whether to stop
-MAX_SKIPPED = 20  # steps without a finite gradient, one after another, before a run gives up
+STOP_STEPS = 10  # steps between the moments at which several processes exchange stop signals
+MAX_SKIPPED = 20  # consecutive steps without a finite gradient before a run stops
 logger = get_logger(__name__)
 
 
 class Stopped(RuntimeError):
-    """A run cannot go on; the message says why and what to do."""
+    """A run cannot continue; the message says why and what to do."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser steps done, seconds spent, the records that draw its curve, the best score."""
+    """The progress of a run, saved with every checkpoint."""
 
-    step: int = 0
+    step: int = 0  # optimiser steps
     seconds: float = 0.0
-    waiting: float = 0.0  # seconds of them spent on the next batch
+    waiting: float = 0.0  # seconds of them spent on waiting for the next batch
     skipped: int = 0  # steps without a finite gradient
     history: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
@@ -98,15 +95,16 @@ class Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
-            cpu=not torch.accelerator.is_available(),  # said aloud, or processes on CPUs do not find each other
+            # without this flag processes on CPUs start as separate runs
+            cpu=not torch.accelerator.is_available(),
             # a closed language gate and the category warm-up leave parameters without gradient
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
         self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
-        self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "boxes", "objects"])
         self.model, self.processor = self.load_model()
-        self.collator = self.make_collator(training=False)
+        columns = [*self.processor.columns(training=False), "boxes", "objects"]
+        self.rows = grefcoco.load(config.dataset, split=config.split, columns=list(dict.fromkeys(columns)))
         self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
         if config.eval_only:
             self.model, self.average = self.accelerator.prepare(self.model), None
@@ -114,45 +112,27 @@ class Run:
             self._prepare_training()
 
     def load_model(self) -> tuple[PreTrainedModel, ProcessorMixin]:
-        """The model and processor to train or measure: from `checkpoint`, or new from the recipe's `model` fields."""
+        """Load the model and processor of `checkpoint`, or make new ones from the recipe's `model` fields.
+
+        The category ids of all objects are read here, once for a run.
+        """
         config = self.config
+        splits = [config.split] if config.eval_only else ["train", config.split]
+        self.categories = category_ids(config.dataset, splits)
         if config.checkpoint:
-            model = AutoModel.from_pretrained(config.checkpoint, trust_remote_code=True)
-            return model, AutoProcessor.from_pretrained(config.checkpoint, trust_remote_code=True)
-        fields = dict(config.model)
-        family = FAMILIES.get(fields.pop("model_type", "rela"))
-        if family is None:
-            wrong = config.model["model_type"]
-            raise ValueError(f"model: model_type is {wrong!r}; choose one of {', '.join(FAMILIES)}")
-        if config.category_supervision:
-            fields = {"num_categories": len(self.categories("train", config.split)), **fields}
-        return family.new_model(fields, self.sentences, config.tokenizer, config.backbone, config.image_size)
+            return load_checkpoint(config.checkpoint)
+        return new_model(config, self.sentences, self.categories if config.category_supervision else ())
 
     def sentences(self) -> Iterator[str]:
         """All sentences of the training split."""
         stream = grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True)
         return (row["sentence"] for row in stream)
 
-    def categories(self, *splits: str) -> list[int]:
-        """All category ids that objects of these splits have, ascending."""
-        found: set[int] = set()
-        for split in splits:
-            options = {"layout": "image", "columns": ["objects"], "streaming": True}
-            for row in grefcoco.load(self.config.dataset, split=split, **options):
-                found.update(item["category_id"] for item in row["objects"])
-        return sorted(found)
-
-    def make_collator(self, training: bool) -> RelaCollator | MdetrCollator:
-        """What makes batches of rows, with the labels that the losses or (categories alone) the measuring need."""
-        config = self.config
-        if self.model_config.model_type == "mdetr":
-            return MdetrCollator(self.processor, config.text_column)
-        supervised = config.category_supervision or not training
-        splits = [config.split] if config.eval_only else ["train", config.split]
-        instances = training and bool(self.model_config.num_instance_queries)
-        return RelaCollator(
-            self.processor, self.categories(*splits) if supervised else (), config.text_column, instances
-        )
+    def collator(self, training: bool) -> Callable[[list[dict]], dict[str, object]]:
+        """The processor's collator; measuring needs the categories too, for the answer of every object."""
+        supervised = self.config.category_supervision or not training
+        categories = self.categories if supervised else ()
+        return self.processor.collator(self.model_config, self.config.text_column, categories, training)
 
     def _prepare_training(self) -> None:
         config = self.config
@@ -160,8 +140,7 @@ class Run:
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(tuple(config.frozen)))
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        family = FAMILIES[self.model.config.model_type]
-        groups = family.parameter_groups(
+        groups = self.family.training.parameter_groups(
             self.model, config.learning_rate, config.weight_decay, config.tower_learning_rates
         )
         for group in groups:
@@ -222,7 +201,7 @@ class Run:
     def _loader(self, sentences_per_image: int, start: int) -> Iterable[dict[str, object]]:
         config, columns = self.config, self.train_columns()
         settings = {
-            "collate_fn": self.make_collator(training=True),
+            "collate_fn": self.collator(training=True),
             "pin_memory": self.accelerator.device.type == "cuda",
         }
         place = (config.seed, self.accelerator.process_index, self.accelerator.num_processes, start)
@@ -239,16 +218,21 @@ class Run:
         return DataLoader(rows, batch_sampler=sampler, num_workers=config.dataloader_num_workers, **settings)
 
     def train_columns(self) -> list[str]:
-        """The columns that training rows need; others are not even looked up."""
-        mdetr = self.model_config.model_type == "mdetr"
-        instances = mdetr or bool(self.model_config.num_instance_queries)
-        objects = ["objects"] if instances or self.augmentation.active or self.config.category_supervision else []
-        boxes = ["boxes"] if mdetr or self.augmentation.active else []
-        return COLUMNS + objects + boxes + (["category_ids", "masks"] if self.augmentation.active else [])
+        """The columns that training rows need; others are not read."""
+        columns = self.processor.columns(training=True, config=self.model_config)
+        if self.config.category_supervision:
+            columns = [*columns, "objects"]
+        if self.augmentation.active:
+            columns = [*columns, "objects", "boxes", "category_ids", "masks"]
+        return list(dict.fromkeys(columns))
 
     @property
     def model_config(self) -> PreTrainedConfig:
         return self.accelerator.unwrap_model(self.model).config
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_config.model_type]
 
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
         """One optimiser step; returns its mean loss. Its random numbers depend on (seed, step, process) alone."""
@@ -263,9 +247,9 @@ class Run:
             group["lr"] = group["peak"] * factor
         losses, sent_ids = [], []
         for part in range(config.gradient_accumulation_steps):
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(batches)
-            self.progress.waiting += time.perf_counter() - asked
+            self.progress.waiting += time.perf_counter() - wait_start
             sent_ids.append(batch["labels"]["sent_id"])
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             torch.manual_seed(hash((config.seed, step, part, self.accelerator.process_index)) & 0x7FFFFFFF)
@@ -279,10 +263,10 @@ class Run:
         return torch.stack(losses).mean()
 
     def _update(self, losses: list[torch.Tensor], sent_ids: list[torch.Tensor]) -> None:
-        """Clip the gradients and step, unless they are not finite: then every process leaves this step out."""
+        """Clip the gradients and step; every process skips a step whose gradients are not finite."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         finite = norm is None or bool(torch.as_tensor(norm).isfinite())  # reduced: the same in every process
-        if finite or self.config.mixed_precision == "fp16":  # whose scaler leaves the step out itself and scales down
+        if finite or self.config.mixed_precision == "fp16":  # the fp16 scaler skips the step itself and scales down
             self.optimizer.step()
         if finite:
             self.skipped_in_a_row = 0
@@ -291,15 +275,16 @@ class Run:
             return
         self.progress.skipped += 1
         self.skipped_in_a_row += 1
-        wrong = [ids for loss, ids in zip(losses, sent_ids) if not loss.isfinite()]
-        mine = [] if not wrong else torch.cat(wrong).tolist()
-        found = sorted(set(gather_object(mine)))
-        about = f"of the batch with sentences {', '.join(map(str, found))}" if found else "in the backward pass alone"
-        logger.warning("step %d is left out: the loss is not finite, %s", self.progress.step, about)
+        parts = [ids for loss, ids in zip(losses, sent_ids) if not loss.isfinite()]
+        bad_ids = sorted(set(gather_object(torch.cat(parts).tolist() if parts else [])))
+        place = (
+            f"in the batch with sentences {', '.join(map(str, bad_ids))}" if bad_ids else "in the backward pass alone"
+        )
+        logger.warning("step %d is skipped: the loss is not finite %s", self.progress.step, place)
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise Stopped(
-                f"no finite gradient in {MAX_SKIPPED} steps up to step {self.progress.step}, the last one {about}; "
-                "resume from a checkpoint with a lower --learning_rate, or look at these sentences"
+                f"no finite gradient in {MAX_SKIPPED} steps up to step {self.progress.step}, the last one {place}; "
+                "resume from a checkpoint with a lower --learning_rate, or check these sentences"
             )
 
     def stop(self, number: int, frame: object) -> None:
@@ -309,17 +294,17 @@ class Run:
             signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     def stopping(self) -> bool:
-        """Whether a process was told to stop; several processes agree on it now and then."""
+        """Whether a process got a stop signal; several processes exchange it every `STOP_STEPS` steps."""
         if self.accelerator.num_processes == 1:
             return self.stop_signal is not None
         if self.progress.step % STOP_STEPS:
             return False
-        told = torch.tensor([self.stop_signal or 0], device=self.accelerator.device)
-        self.stop_signal = int(self.accelerator.gather(told).max()) or None
+        number = torch.tensor([self.stop_signal or 0], device=self.accelerator.device)
+        self.stop_signal = int(self.accelerator.gather(number).max()) or None
         return self.stop_signal is not None
 
     def record(self, values: dict[str, float]) -> None:
-        """Put `values` into the history and the tracker at the present step."""
+        """Add `values` to the history and the tracker at the current step."""
         step = self.progress.step
         self.progress.history.append({"step": step, **values})
         self.accelerator.log(_scalars(values), step=step)
@@ -336,45 +321,45 @@ class Run:
                 self.progress.best = scores[metric]
                 self.save_model("best")
         if self.accelerator.trackers:
-            samples = self.predict(pick_rows(self.rows, per_kind=3, seed=self.config.seed))
+            picture = self.draw(pick_rows(self.rows, per_kind=3, seed=self.config.seed))
             if self.accelerator.is_main_process:
-                picture = report.draw_predictions(samples)
                 for tracker in self.accelerator.trackers:
                     form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"predictions": picture[None]}, step=self.progress.step, **form)
 
     def save_model(self, name: str) -> None:
-        """Write the model, or its running average, with its processor and code under output_dir/`name`, whole."""
+        """Write the model, or the average of its weights, with its processor and code under output_dir/`name`."""
         state = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             final = self.output_dir / name
-            with self.room_on_disk(final):
-                temporary = aside(final)
+            with self.disk_errors(final):
+                staging = staging_folder(final)
                 if self.average is None:
-                    model.save_pretrained(temporary, state_dict=state)
+                    model.save_pretrained(staging, state_dict=state)
                 else:
-                    self.average.module.save_pretrained(temporary)
-                self.processor.save_pretrained(temporary)
-                put(temporary, final)
+                    self.average.module.save_pretrained(staging)
+                self.processor.save_pretrained(staging)
+                publish(staging, final)
 
     def save_checkpoint(self) -> None:
-        """Save everything a resume needs under checkpoints/step-N: written aside, sealed with hashes, then renamed."""
+        """Save everything a resume needs under checkpoints/step-N, sealed with hashes and renamed when it is whole."""
         final = self.output_dir / "checkpoints" / f"step-{self.progress.step:08d}"
+        staging = None
         if self.accelerator.is_main_process:
-            with self.room_on_disk(final):
-                aside(final)
-        self.accelerator.wait_for_everyone()
-        with self.room_on_disk(final) as temporary:
-            self.accelerator.save_state(str(temporary))
+            with self.disk_errors(final):
+                staging = staging_folder(final)
+        staging = Path(broadcast_object_list([str(staging)])[0])
+        with self.disk_errors(final):
+            self.accelerator.save_state(str(staging))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            with self.room_on_disk(final) as temporary:
+            with self.disk_errors(final):
                 if self.average is not None:
-                    save_file(self.average.state_dict(), temporary / "average.safetensors")
-                (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
-                seal(temporary)
-                put(temporary, final)
+                    save_file(self.average.state_dict(), staging / "average.safetensors")
+                (staging / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
+                seal(staging)
+                publish(staging, final)
             for old in sorted(final.parent.glob("step-*"))[: -self.config.checkpoints_total_limit]:
                 shutil.rmtree(old)
         if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
@@ -383,25 +368,24 @@ class Run:
             self.upload(f"Step {self.progress.step}")
 
     @contextmanager
-    def room_on_disk(self, final: Path) -> Iterator[Path]:
-        """Where to write `final` aside; what cannot be written is removed, and the run stops with one line."""
-        temporary = final.with_name(".writing")
+    def disk_errors(self, final: Path) -> Iterator[None]:
+        """Stop the run with one line when `final` cannot be written, and remove what was written of it."""
         try:
-            yield temporary
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-            shutil.rmtree(temporary, ignore_errors=True)
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own errors
+            remove_staging(final)
             raise Stopped(
-                f"cannot write {final}: {error}; what was saved before is intact: make room, then "
+                f"cannot write {final}: {error}; what was saved before is intact: free some disk space, then "
                 "--resume_from_checkpoint latest"
             ) from error
 
     def resume(self, choice: str) -> None:
-        """Load a checkpoint folder, or with `latest` the newest whole one; a broken newer one is passed over."""
+        """Load a checkpoint folder, or with `latest` the newest whole one."""
         folder = self.output_dir / "checkpoints"
-        found = sorted(folder.glob("step-*"), reverse=True) if choice == "latest" else [Path(choice)]
-        for checkpoint in found:
-            broken = broken_seal(checkpoint)
-            if broken is None:
+        candidates = sorted(folder.glob("step-*"), reverse=True) if choice == "latest" else [Path(choice)]
+        for checkpoint in candidates:
+            fault = seal_fault(checkpoint)
+            if fault is None:
                 self.accelerator.load_state(str(checkpoint))
                 if self.average is not None:
                     self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
@@ -409,17 +393,17 @@ class Run:
                 logger.info("resumed from %s", checkpoint)
                 return
             if choice != "latest":
-                raise ValueError(f"{checkpoint}: {broken}; choose another checkpoint, or latest")
-            logger.warning("%s: %s; trying the one before", checkpoint, broken)
+                raise ValueError(f"{checkpoint}: {fault}; choose another checkpoint, or latest")
+            logger.warning("%s: %s; trying the one before", checkpoint, fault)
         logger.warning("%s: no whole checkpoint to resume from; starting at the beginning", folder)
 
     @torch.inference_mode()
     def measure(self) -> Measurement:
-        """What the model, and an answer of every object, get on the rows of `split`.
+        """Measure the model on the rows of `split`.
 
-        Every process measures its own batches; what is kept and gathered is a few numbers per sentence. Where there
-        are not batches enough for all, the first ones are measured again (FSDP must call the model together): equal
-        counts of one sentence are one.
+        Every process measures its own batches and gathers a few numbers per sentence. All processes must call the
+        model equally often (FSDP), so the first batches are repeated where there are too few: a sentence with equal
+        counts is counted once.
         """
         model = self.evaluated_model()
         size, processes = self.config.per_device_train_batch_size, self.accelerator.num_processes
@@ -427,79 +411,63 @@ class Run:
         batches += batches[: -len(batches) % processes]
         batches = batches[self.accelerator.process_index :: processes]
         workers = self.config.dataloader_num_workers
-        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collator, num_workers=workers)
-        measurement = Measurement(self.rows, GRES, GREC)
-        bar = tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process)
-        for indices, batch in zip(batches, bar):
+        collate = self.collator(training=False)
+        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        measurement = Measurement(self.rows, self.processor)
+        for batch in tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process):
             batch = send_to_device(batch, self.accelerator.device)
             labels = batch.pop("labels")
-            measurement.add(indices, model(**batch), labels, batch.get("image_index"), self.processor)
+            measurement.add_outputs(model(**batch), labels, batch.get("image_index"))
         for rank, state in enumerate(gather_object([measurement.state()])):
             if rank != self.accelerator.process_index:
                 measurement.merge(state)
         return measurement
 
     def evaluated_model(self) -> torch.nn.Module:
-        """The model, or its running average, in evaluation mode."""
+        """The model, or the average of its weights, in evaluation mode."""
         model = self.model if self.average is None else self.average.module
         return model.eval()
 
     @torch.inference_mode()
-    def predict(self, rows: Dataset) -> list[report.Sample]:
-        """Answers on a few rows at the images' own sizes, for the pictures; all processes call this together."""
+    def draw(self, rows: Dataset, path: Path | None = None) -> np.ndarray | None:
+        """Draw the answers to a few rows, into a file or as an array; all processes call this together."""
         rows = list(rows)
-        batch = send_to_device(self.collator(rows), self.accelerator.device)
+        batch = send_to_device(self.collator(training=False)(rows), self.accelerator.device)
         batch.pop("labels")
-        outputs, sizes = self.evaluated_model()(**batch), [(row["height"], row["width"]) for row in rows]
-        masks = boxes = [None] * len(rows)
-        if "pred_masks" in outputs:
-            masks = self.processor.post_process_referring_segmentation(outputs, target_sizes=sizes)
-        if "pred_boxes" in outputs:
-            boxes = self.processor.post_process_referring_detection(outputs, target_sizes=sizes)
-        return [
-            report.Sample(
-                image=row["image"],
-                sentence=row["sentence"],
-                truth=decode_mask(row["mask"]).astype(bool),
-                truth_boxes=None if box is None else report.corners(row["boxes"]),
-                no_target=row["no_target"],
-                num_targets=len(row["ann_ids"]),
-                prediction=None if mask is None else mask["mask"].cpu().numpy(),
-                boxes=None if box is None else box["boxes"].cpu().numpy(),
-                predicted_no_target=mask["no_target"] if mask else not len(box["boxes"]),
-            )
-            for row, mask, box in zip(rows, masks, boxes)
-        ]
+        answers = answers_of(self.processor, self.evaluated_model()(**batch), rows)
+        if not self.accelerator.is_main_process:
+            return None
+        return draw_answers(rows, answers, self.processor.no_target_threshold, path)
 
     def finish(self) -> None:
-        """Measure; write the model under checkpoint/ (after training), metrics.json, the pictures, report.md, card."""
+        """Write the model (after training), then measure it: metrics.json, the pictures, report.md, the card."""
+        config, out = self.config, self.output_dir
+        if not config.eval_only:
+            self.save_model("checkpoint")
         measurement = self.measure()
         scores = measurement.scores(check=True)
-        if not self.config.eval_only:
+        if not config.eval_only:
             self.record(flat(scores))
-            self.save_model("checkpoint")
-        samples = self.predict(pick_rows(self.rows, per_kind=6, seed=self.config.seed))
+        out.mkdir(parents=True, exist_ok=True)
+        self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
         best, worst = measurement.extremes(6)
-        extremes = self.predict(self.rows.select([*best, *worst]))
+        self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
         if not self.accelerator.is_main_process:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         summary = {**scores, **measurement.details(), "train": self._training_summary()}
         summary["history"] = self.progress.history
-        report.write_text(self.output_dir / "metrics.json", json.dumps(summary, indent=2) + "\n")
-        report.draw_predictions(samples, self.output_dir / "predictions.png")
-        report.draw_predictions(extremes, self.output_dir / "best_and_worst.png")
+        write_text(out / "metrics.json", json.dumps(summary, indent=2) + "\n")
         if self.progress.history:
-            report.draw_learning_curve(self.progress.history, self.output_dir / "learning_curve.png")
-        page = report.run_page(summary, dataclasses.asdict(self.config), len(self.rows))
-        report.write_text(self.output_dir / "report.md", page)
+            draw_learning_curve(self.progress.history, out / "learning_curve.png")
+        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows))
+        write_text(out / "report.md", page)
         print(page)
-        if not self.config.eval_only:
+        if not config.eval_only:
             self.write_card(summary)
             self.upload("End of training")
 
     def upload(self, message: str) -> None:
-        """Send the model's folder to the Hub, where `push_to_hub` asks for that."""
+        """Upload the model's folder to the Hub, if `push_to_hub` is set."""
         if not (self.config.push_to_hub and self.accelerator.is_main_process):
             return
         try:
@@ -513,15 +481,15 @@ class Run:
             ) from error
 
     def write_card(self, summary: dict[str, dict]) -> None:
-        """The model's card, beside the model."""
+        """Write the model's card into the model's folder."""
         if not self.accelerator.is_main_process:
             return
-        name = self.repository or self.hub_id()
-        card = model_card(name, self.model_config.model_type, dataclasses.asdict(self.config), summary, len(self.rows))
-        report.write_text(self.output_dir / "checkpoint" / "README.md", card)
+        name, config = self.repository or self.hub_id(), dataclasses.asdict(self.config)
+        card = model_card(name, self.family, config, summary, len(self.rows))
+        write_text(self.output_dir / "checkpoint" / "README.md", card)
 
     def hub_id(self) -> str:
-        """Name of the Hub repository: what the flag says, or that of output_dir."""
+        """Name of the Hub repository: the flag's value, or the name of output_dir."""
         return self.config.hub_model_id or self.output_dir.resolve().name
 
     def _training_summary(self) -> dict[str, float]:
@@ -538,7 +506,7 @@ class Run:
 
 
 def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
-    """`per_kind` random rows each of many, one and no target, in that order."""
+    """Pick `per_kind` random rows each of several, one and no target, in that order."""
     random = np.random.default_rng(seed)
     counts = np.array([len(ids) for ids in rows.with_format(None)["ann_ids"]])
     kinds = [np.flatnonzero(chosen) for chosen in (counts > 1, counts == 1, counts == 0)]
@@ -546,9 +514,9 @@ def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
 
 
 def vision_only(batch: dict[str, object]) -> dict[str, object]:
-    """The part of a batch that trains the vision trunk to name categories and find objects, without any sentence."""
-    known = ("categories", "object_boxes", "object_masks", "num_objects")
-    labels = {name: batch["labels"][name] for name in known if name in batch["labels"]}
+    """The part of a batch that trains the vision trunk on categories and objects, without any sentence."""
+    names = ("categories", "object_boxes", "object_masks", "num_objects")
+    labels = {name: batch["labels"][name] for name in names if name in batch["labels"]}
     return {"pixel_values": batch["pixel_values"], "labels": labels}
 
 
@@ -558,7 +526,7 @@ def _scalars(values: dict[str, object]) -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; what cannot be done ends in one line and exit code 2, a signal with the code shells expect."""
+    """Run the command line: bad input ends in one line and exit code 2, a signal in the exit code 128 + its number."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         run = Run(parse_config(sys.argv[1:] if argv is None else argv))
@@ -572,7 +540,7 @@ def main(argv: list[str] | None = None) -> None:
             run.train()
         if run.stop_signal is not None:
             run.save_checkpoint()
-            print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest goes on from there")
+            print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest continues from there")
             sys.exit(128 + run.stop_signal)
         run.finish()
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""What a training run depends on: the flags of train.py, which are also the keys of a YAML recipe."""
+"""The flags of train.py, which are also the keys of a YAML recipe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .augmentation import Augmentation
+from training.augmentation import Augmentation
 
-# a mapping in a recipe, JSON when typed: declared as text, for that is all the argument parser reads
+# mappings in a recipe, JSON when typed; declared as str, the only type that the argument parser reads
 MAPPINGS = ("model", "augmentation", "tower_learning_rates")
 
 
@@ -25,16 +25,14 @@ def option(default: object, help: str) -> dataclasses.Field:
 
 @dataclass
 class TrainConfig:
-    """Everything a run depends on. Names follow the Hugging Face example scripts; mappings are JSON when typed."""
+    """The configuration of a run. Names follow the Hugging Face example scripts; mappings are JSON when typed."""
 
     # data
     dataset: str = option("", "built data set folder or Hub id, as grefcoco.load takes it")
     split: str = option("val", "split that is measured, during training and at the end")
-    streaming: bool = option(
-        False, "read the training images in their stored order, mixed by blocks, from disk or Hub"
-    )
+    streaming: bool = option(False, "read the training images in stored order from disk or Hub, shuffled in blocks")
     text_column: str = option("sentence", "column with the words: sentence, or raw as published")
-    sentences_per_image: int = option(1, "sentences of one image that stay together in a batch and share its decoding")
+    sentences_per_image: int = option(1, "sentences of an image that stay together in a batch, to decode it once")
     augmentation: str = option({}, "fields of Augmentation: hard_negatives, flip, colour, scale, each 0 to 1")
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
@@ -63,10 +61,10 @@ class TrainConfig:
     lr_scheduler_type: str = option("step", "constant, cosine, or step (x 0.1 at each of lr_decay_steps)")
     lr_decay_steps: list[int] = option([110_000, 140_000], "steps of the decays of the step schedule")
     lr_warmup_steps: int = option(0, "steps of linear warm-up, at the start and again after the category warm-up")
-    category_supervision: bool = option(False, "teach the vision trunk the category of every annotated pixel as well")
-    category_warmup_steps: int = option(0, "first steps that train the vision trunk alone to name categories")
+    category_supervision: bool = option(False, "also train the vision trunk on the category of every annotated pixel")
+    category_warmup_steps: int = option(0, "first steps that train the vision trunk alone, on categories and objects")
     mixed_precision: str = option("no", "no, fp16 or bf16")
-    ema_decay: float = option(0.0, "keep a running average of the weights with this decay, and measure and save that")
+    ema_decay: float = option(0.0, "average the weights with this decay (EMA), measure and save the average")
     # run
     output_dir: str = option("runs/train", "folder that the run writes")
     seed: int = option(0, "seed of everything random")
@@ -74,12 +72,12 @@ class TrainConfig:
     eval_steps: int = option(5000, "steps between measurements")
     checkpointing_steps: int = option(5000, "steps between checkpoints to resume from")
     checkpoints_total_limit: int = option(2, "newest checkpoints that are kept")
-    metric_for_best_model: str | None = option(None, "score by which best/ is kept, e.g. gIoU or grec/F1_score")
+    metric_for_best_model: str | None = option(None, "score of the model under best/, e.g. gIoU or grec/F1_score")
     resume_from_checkpoint: str | None = option(None, "latest, or a folder under output_dir/checkpoints")
     report_to: str = option("tensorboard", "tracker: tensorboard, wandb or none")
     push_to_hub: bool = option(False, "upload the model with its card and report at the end")
     hub_model_id: str | None = option(None, "Hub repository, by default named as output_dir")
-    hub_strategy: str = option("end", "when to upload: end, or checkpoint, which is also after every checkpoint")
+    hub_strategy: str = option("end", "when to upload: end, or checkpoint (also after every checkpoint)")
 
     def __post_init__(self) -> None:
         for name in MAPPINGS:

@@ -1,6 +1,7 @@
-"""Training rows made harder and more varied: flips, colours, sizes, and sentences that become untrue of their image.
+"""Augmentation of training rows: flips, colours, scales, and hard negatives (sentences made untrue of their image).
 
-Functions take and give expression rows as `grefcoco.load` does (with `objects`), and leave the given row alone.
+Functions take and return expression rows as `grefcoco.load` gives them (with `objects`); they do not change their
+arguments.
 """
 
 from __future__ import annotations
@@ -11,28 +12,29 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from PIL import Image, ImageEnhance
-from pycocotools import mask as coco_mask
+
+from grefcoco_data.masks import decode_mask, empty_rle, encode_mask
 
 COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray", "grey"]
-# the sides, but for an adverb ("right behind her", not "on the right behind her")
+# "left" and "right" as sides; "right" as an adverb is kept ("right behind her", but not "on the right behind her")
 SIDE = re.compile(
     r"(?P<adverb>(?<!the )(?<!far )(?<!on )(?<!top )(?<!bottom )\bright (?:behind|above|below|under|next|in front)\b)"
     r"|\b(?P<side>left|right)(?=\b|most|side|hand)",
     re.IGNORECASE,
 )
-FILL = (124, 116, 104)  # the mean colour that models subtract
+FILL = (124, 116, 104)  # the mean colour that models subtract, for pixels outside the image
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training rows are varied; everything is off by default, as published.
+    """The augmentation of a run; everything is off by default, as published.
 
     Args:
-        hard_negatives: share of the sentences that become no-target, by a colour or a category that is swapped for
-            another, or else by a sentence about things that the image does not have.
-        flip: probability that an image is mirrored; "left" and "right" trade places in its sentences.
-        colour: brightness, contrast and saturation are multiplied with up to 1 +- this.
-        scale: images are shrunk or magnified by up to 1 +- this; no object is cut.
+        hard_negatives: share of the sentences with a target that become no-target sentences: by another colour word,
+            or by a sentence about categories that the image does not have.
+        flip: probability that an image is mirrored; "left" and "right" are exchanged in its sentences.
+        colour: brightness, contrast and saturation are multiplied by a factor of 1 - colour to 1 + colour.
+        scale: images are scaled by a factor of 1 - scale to 1 + scale; no object is cut off.
     """
 
     hard_negatives: float = 0.0
@@ -51,9 +53,9 @@ class Augmentation:
         return any(getattr(self, field.name) for field in fields(self))
 
     def __call__(self, rows: Sequence[dict], donors: Donors, seed: int, epoch: int) -> list[dict]:
-        """Varied copies of rows; random numbers depend on (seed, epoch, image or sentence), never on the batch."""
+        """Augmented copies of rows; random numbers depend on (seed, epoch, image or sentence), never on the batch."""
         images: dict[int, _View] = {}
-        varied = []
+        augmented = []
         for row in rows:
             if row["image_id"] not in images:
                 random = np.random.default_rng((seed, epoch, row["image_id"] & 0xFFFFFFFF))
@@ -61,30 +63,30 @@ class Augmentation:
             row = images[row["image_id"]].apply(row)
             random = np.random.default_rng((seed, epoch, row["sent_id"] & 0xFFFFFFFF, 1))
             if not row["no_target"] and random.random() < self.hard_negatives:
-                row = untrue(row, donors, random) or row
-            varied.append(row)
-        return varied
+                row = hard_negative(row, donors, random) or row
+            augmented.append(row)
+        return augmented
 
 
 class Donors:
-    """Sentences to borrow from, with the categories they speak of.
+    """Sentences that can replace another image's sentence, with the categories they are about.
 
     Args:
         sentences, raw: of every expression.
-        category_ids: the categories of its targets; expressions without any are never borrowed.
-        image_ids: the image it is about: a swapped sentence that is said of the image already may be true.
+        category_ids: the categories of its targets; expressions without any are never used.
+        image_ids: the image it is about: a sentence that an image already has may be true of it.
     """
 
     def __init__(
         self, sentences: Sequence[str], raw: Sequence[str], category_ids: Sequence[Sequence[int]], image_ids: Sequence
     ) -> None:
         self.sentences, self.raw, self.category_ids = sentences, raw, category_ids
-        self.said: dict[int, set[str]] = {}
+        self.sentences_of: dict[int, set[str]] = {}  # by image id
         for image_id, sentence in zip(image_ids, sentences):
-            self.said.setdefault(image_id, set()).add(sentence)
+            self.sentences_of.setdefault(image_id, set()).add(sentence)
 
-    def borrow(self, present: set[int], random: np.random.Generator, tries: int = 30) -> tuple[str, str] | None:
-        """(sentence, raw) about categories none of which is `present`; None when there seems to be none."""
+    def draw(self, present: set[int], random: np.random.Generator, tries: int = 30) -> tuple[str, str] | None:
+        """(sentence, raw) about categories none of which is `present`; None when `tries` draws give none."""
         for index in random.integers(len(self.sentences), size=tries).tolist():
             categories = self.category_ids[index]
             if len(categories) and present.isdisjoint(categories):
@@ -92,27 +94,27 @@ class Donors:
         return None
 
 
-def untrue(row: dict, donors: Donors, random: np.random.Generator) -> dict | None:
-    """The row with a sentence that refers to nothing in its image, or None when no such sentence is found.
+def hard_negative(row: dict, donors: Donors, random: np.random.Generator) -> dict | None:
+    """The row with a sentence that refers to nothing in its image, or None when there is no such sentence.
 
-    A swapped colour is the hard kind, and may by chance be true of something nobody spoke of; a sentence about absent
-    categories is surely untrue, as far as the annotations are complete.
+    A sentence with another colour is the harder kind, but may be true of an object without annotation. A sentence
+    about absent categories is untrue as far as the annotations are complete.
     """
     present = {item["category_id"] for item in row["objects"]}
     swapped = swap_colour(row["sentence"], random) if random.random() < 0.5 else None
-    if swapped is not None and swapped not in donors.said.get(row["image_id"], ()):
+    if swapped is not None and swapped not in donors.sentences_of.get(row["image_id"], ()):
         sentence, raw = swapped, swapped
-    elif (borrowed := donors.borrow(present, random)) is not None:
-        sentence, raw = borrowed
+    elif (pair := donors.draw(present, random)) is not None:
+        sentence, raw = pair
     else:
         return None
-    empty = _encode(np.zeros((row["height"], row["width"]), np.uint8))
-    nothing = {name: [] for name in ("ann_ids", "category_ids", "boxes", "masks") if name in row}
-    return {**row, **nothing, "sentence": sentence, "raw": raw, "no_target": True, "mask": empty}
+    no_targets = {name: [] for name in ("ann_ids", "category_ids", "boxes", "masks") if name in row}
+    no_targets |= {"mask": empty_rle(row["height"], row["width"]), "no_target": True}
+    return {**row, **no_targets, "sentence": sentence, "raw": raw}
 
 
 def swap_colour(sentence: str, random: np.random.Generator) -> str | None:
-    """The sentence with one of its colours exchanged for another; None when it names no colour."""
+    """The sentence with one of its colour words replaced by another; None when it has no colour word."""
     words = sentence.split(" ")
     places = [i for i, word in enumerate(words) if word.strip(".,").lower() in COLOURS]
     if not places:
@@ -126,7 +128,7 @@ def swap_colour(sentence: str, random: np.random.Generator) -> str | None:
 
 
 def swap_sides(sentence: str) -> str:
-    """The sentence for the mirrored image: left for right and right for left, in any spelling."""
+    """The sentence for the mirrored image: "left" and "right" exchanged, upper and lower case kept."""
 
     def other(match: re.Match) -> str:
         if match["adverb"]:
@@ -138,13 +140,13 @@ def swap_sides(sentence: str) -> str:
 
 
 class _View:
-    """How one image is seen in one epoch: mirrored or not, its colours, its size and place on the canvas."""
+    """One image in one epoch: mirrored or not, its colours, its scale and its position on the canvas."""
 
     def __init__(self, row: dict, options: Augmentation, random: np.random.Generator) -> None:
         self.size = row["width"], row["height"]
         self.mirrored = random.random() < options.flip
         self.colours = random.uniform(1 - options.colour, 1 + options.colour, 3) if options.colour else None
-        # pixel x of the image lies at scale * x + shift of the canvas, which keeps the image's size
+        # pixel x of the image lies at scale * x + shift on the canvas, which has the image's size
         self.scale, self.shift = 1.0, (0, 0)
         if options.scale:
             self._place(row, random.uniform(1 - options.scale, 1 + options.scale), random.random(2))
@@ -153,7 +155,7 @@ class _View:
         self.by_id = {item["ann_id"]: item for item in self.objects}
 
     def _place(self, row: dict, scale: float, place: np.ndarray) -> None:
-        """Choose the shift at random among those that keep every object whole; shrink `scale` where none does."""
+        """Draw a shift that keeps every object whole; reduce `scale` where no shift does."""
         boxes = np.array([item["bbox"] for item in row["objects"]], dtype=float).reshape(-1, 4)
         size = np.array(self.size, dtype=float)
         low = boxes[:, :2].min(0, initial=np.inf).clip(0, size)
@@ -186,8 +188,8 @@ class _View:
         return canvas
 
     def mask(self, rle: dict) -> np.ndarray:
-        """(height, width) uint8 of a mask as it lies in the view."""
-        mask = coco_mask.decode({"size": list(rle["size"]), "counts": rle["counts"]})
+        """(height, width) uint8 of a mask in the view."""
+        mask = decode_mask(rle)
         mask = mask[:, ::-1] if self.mirrored else mask
         if self.scale == 1.0:
             return mask
@@ -206,11 +208,11 @@ class _View:
         x = width - x - w if self.mirrored else x
         left = width - round(self.scale * width) - left if self.mirrored else left
         box = [self.scale * x + left, self.scale * y + top, self.scale * w, self.scale * h]
-        mask = _encode(self.mask(item["segmentation"]))
+        mask = encode_mask(self.mask(item["segmentation"]))
         return {**item, "bbox": box, "segmentation": mask, "area": item["area"] * self.scale**2}
 
     def apply(self, row: dict) -> dict:
-        """The row as seen."""
+        """The row with the view's image, objects, boxes, masks and sentence."""
         row = {**row, "image": self.image}
         if not self.changes_place:
             return row
@@ -221,10 +223,5 @@ class _View:
             "objects": self.objects,
             "boxes": [item["bbox"] for item in targets],
             "masks": [item["segmentation"] for item in targets],
-            "mask": _encode(self.mask(row["mask"])),
+            "mask": encode_mask(self.mask(row["mask"])),
         }
-
-
-def _encode(mask: np.ndarray) -> dict[str, object]:
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(map(int, rle["size"])), "counts": rle["counts"].decode()}

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-from . import report
+from scoring import report
+from training.families import Family
 
 SEGMENTS = """\
 ```python
@@ -33,7 +34,6 @@ print(processor.post_process_referring_detection(outputs, target_sizes=[(image.h
 ```
 """
 PRIVATE = ("dataset", "output_dir", "resume_from_checkpoint", "checkpoint")  # folders of the machine it ran on
-NAMES = {"rela": "ReLA", "mdetr": "MDETR"}
 SHOWN = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
     "grec": ("F1_score", "N_acc", "T_acc"),
@@ -42,25 +42,28 @@ TASKS = {"gres": "image-segmentation", "grec": "object-detection"}
 
 
 def model_card(
-    repository: str, model_type: str, config: dict[str, object], summary: dict[str, dict], num_sentences: int
+    repository: str,
+    family: Family,
+    config: dict[str, object],
+    summary: dict[str, dict],
+    num_sentences: int,
 ) -> str:
     """README.md of a model repository, with the scores in the Hub's model-index form.
 
     Args:
         repository: Hub id, or a name where the model has none yet.
-        model_type: "rela" or "mdetr".
         config: of the run, by flag.
         summary: what metrics.json holds; without scores before the end of the training.
         num_sentences: that were measured.
     """
     dataset, revision = str(config["dataset"]), data_revision(str(config["dataset"]))
     on_hub = not Path(dataset).is_dir()
-    name = dataset if on_hub else Path(dataset).name
+    data_name = dataset if on_hub else Path(dataset).name
     results = [
         EvalResult(
             task_type=TASKS[task],
-            dataset_type=name,
-            dataset_name=name,
+            dataset_type=data_name,
+            dataset_name=data_name,
             dataset_split=config["split"],
             dataset_revision=revision,
             metric_type=metric,
@@ -73,31 +76,31 @@ def model_card(
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-segmentation" if model_type == "rela" else "object-detection",
+        pipeline_tag=family.task,
         tags=["referring-expression", "gRefCOCO", *(task.upper() for task in SHOWN if task in summary)],
         datasets=[dataset] if on_hub else None,
         model_name=repository.rpartition("/")[2],
         eval_results=results or None,
     )
-    usage = (SEGMENTS if model_type == "rela" else DETECTS).format(repository=repository)
-    told = {key: value for key, value in config.items() if key not in PRIVATE and value not in (None, {}, [], False)}
-    recipe = yaml.safe_dump(told)
+    usage = SEGMENTS if family.task == "image-segmentation" else DETECTS
+    public = {key: value for key, value in config.items() if key not in PRIVATE and value not in (None, {}, [], False)}
+    recipe = yaml.safe_dump(public)
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {repository.rpartition('/')[2]}\n",
-        f"{NAMES[model_type]} for generalised referring expressions: a sentence may refer to one thing in a picture, "
+        f"{family.name} for generalised referring expressions: a sentence may refer to one thing in a picture, "
         "to many, or to nothing there.\n",
-        usage,
+        usage.format(repository=repository),
         *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
-        f"Trained on `{name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
-        "The code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have licences of "
-        "their own: what was trained on them is bound by these.\n",
+        f"Trained on `{data_name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
+        "The code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have their own "
+        "licences: both bind what was trained on them.\n",
     ]
     return "\n".join(parts)
 
 
 def data_revision(dataset: str) -> str:
-    """Which data this was: the commit of a Hub data set, or the hash of a built folder's report."""
+    """What identifies the data: the commit of a Hub data set, or the hash of a built folder's report."""
     folder = Path(dataset)
     if not folder.is_dir():
         return HfApi().dataset_info(dataset).sha

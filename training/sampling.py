@@ -1,6 +1,6 @@
-"""Which sentences make up each training batch: a pure function of (seed, batch number), for indexed and streamed data.
+"""The sentences of each training batch: a pure function of (seed, batch number), for indexed and streamed data.
 
-Resuming is starting at another number; nothing has to be saved. Every process takes its own part of the data.
+To resume is to start at another number; nothing has to be saved. Every process takes its own part of the data.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-import grefcoco
+from grefcoco_data.loading import shuffle_shards
+from grefcoco_data.rows import explode
+from training.augmentation import Augmentation, Donors
 
-from .augmentation import Augmentation, Donors
-
-BLOCK = 256  # images of a stream that are mixed with each other
+BLOCK = 256  # images of a stream whose sentences are shuffled together
 
 
 class SentenceBatchSampler:
     """Endless batches of (epoch, expression index).
 
-    Each epoch is a fresh permutation; sentences of one image are cut into groups of `sentences_per_image` that stay
-    together. Every process takes its own part of the same global batch. What does not fill the last batch of an
-    epoch is left out of that epoch.
+    Each epoch is a new permutation; the sentences of one image are cut into groups of `sentences_per_image` that stay
+    together. Every process takes its own part of the same global batch. Sentences that do not fill the last batch of
+    an epoch are not used in that epoch.
 
     Args:
         image_ids: the image of each expression.
         batch_size: sentences in a batch of one process.
         sentences_per_image: sentences of one image that stay together.
         seed: of the permutations.
-        rank, world_size: which of how many processes this is.
+        rank, world_size: index of this process and number of processes.
         start: number of the first batch.
+
+    Raises:
+        ValueError: there are fewer sentences than one global batch.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class SentenceBatchSampler:
 
     def _epoch(self, epoch: int) -> np.ndarray:  # (batches, batch_size) of this process
         random = np.random.default_rng((self.seed, epoch))
-        order = np.concatenate(_mixed_pieces(self.groups, self.sentences_per_image, random))
+        order = np.concatenate(_shuffled_pieces(self.groups, self.sentences_per_image, random))
         whole = self.batches_per_epoch * self.batch_size * self.world_size
         return order[:whole].reshape(self.batches_per_epoch, self.world_size, self.batch_size)[:, self.rank]
 
@@ -89,17 +92,17 @@ class TrainRows(Dataset):
 
 
 def donors(rows: datasets.Dataset) -> Donors:
-    """What hard negatives of these expression rows borrow from."""
+    """The sentences that hard negatives of these expression rows are taken from."""
     index = rows.with_format("numpy", columns=["image_id", "sentence", "raw", "category_ids"])[:]
     return Donors(index["sentence"], index["raw"], index["category_ids"], index["image_id"].tolist())
 
 
 class StreamedBatches(IterableDataset):
-    """Endless batches of expression rows from a stream of images, which are read in their stored order by block.
+    """Endless batches of expression rows from a stream of images.
 
-    The groups of up to 100 images of the stored files come in a new order every epoch, and the sentences of `BLOCK`
-    successive images are mixed with each other, `sentences_per_image` staying together. Processes and workers share
-    the files' groups, as many as there are; what does not fill a worker's last batch is left out of that epoch.
+    The row groups of the stored files (up to 100 images each) come in a new order every epoch. The sentences of
+    `BLOCK` successive images are shuffled together; groups of `sentences_per_image` stay together. Processes and
+    workers share the row groups. Sentences that do not fill a worker's last batch are not used in that epoch.
 
     To start at a later batch the sentences before it are counted again, without reading images.
 
@@ -107,8 +110,9 @@ class StreamedBatches(IterableDataset):
         images: gives the stream of image rows with the columns it is asked for, as `grefcoco.load(...,
             streaming=True, layout="image", columns=...)` does.
         columns: of the expression rows.
-        rank, world_size: which of how many processes this is.
-        start: number of the first batch; with workers, who take turns from the first on, a multiple of their number.
+        rank, world_size: index of this process and number of processes.
+        start: number of the first batch; with workers a multiple of their number, since they take turns from the
+            first worker on.
 
     Raises:
         ValueError: when there are fewer groups of images than processes and workers, or fewer sentences than a batch.
@@ -130,7 +134,7 @@ class StreamedBatches(IterableDataset):
         self.sentences_per_image, self.seed, self.rank, self.start = sentences_per_image, seed, rank, start
         stored = ["image", "image_id", "file_name", "width", "height", "objects", "expressions"]
         self.full, self.light = (
-            split_dataset_by_node(grefcoco.shuffle_shards(images(names), seed), rank, world_size)
+            split_dataset_by_node(shuffle_shards(images(names), seed), rank, world_size)
             for names in (stored, ["expressions"])
         )
         self.full = self.full.cast_column("image", datasets.Image(decode=False))
@@ -141,68 +145,68 @@ class StreamedBatches(IterableDataset):
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         # batch b is made by worker b % workers
         skip, epoch = max(0, -(-(self.start - number) // workers)), 0
-        while skip and (found := sum(1 for _ in self._plans(self.light, epoch))) <= skip:
-            self._refuse_nothing(found)
-            skip, epoch = skip - found, epoch + 1
+        while skip and (num_batches := sum(1 for _ in self._plans(self.light, epoch))) <= skip:
+            self._refuse_empty_epoch(num_batches)
+            skip, epoch = skip - num_batches, epoch + 1
         while True:
-            found = skip
+            num_batches = skip
             for plan in islice(self._plans(self.full, epoch), skip, None):
                 yield self._rows(plan, epoch)
-                found += 1
-            self._refuse_nothing(found)
+                num_batches += 1
+            self._refuse_empty_epoch(num_batches)
             skip, epoch = 0, epoch + 1
 
-    def _refuse_nothing(self, found: int) -> None:
-        if not found:
+    def _refuse_empty_epoch(self, num_batches: int) -> None:
+        if not num_batches:
             raise ValueError(
                 f"a process or worker got fewer sentences than one batch of {self.batch_size} from its part of the "
-                f"{self.num_shards} groups of images: use fewer of them, or a smaller batch"
+                f"{self.num_shards} groups of images: use fewer processes and workers, or a smaller batch"
             )
 
     def _plans(self, stream: datasets.IterableDataset, epoch: int) -> Iterator[list[tuple[dict, int]]]:
-        """Batches of (image row, place of the expression in it)."""
+        """Batches of (image row, index of the expression in it)."""
         stream.set_epoch(epoch)
         source, waiting = iter(stream), []
         random = np.random.default_rng((self.seed, epoch, self.rank))
         while block := list(islice(source, BLOCK)):
             pairs = [(row, place) for row in block for place in range(len(row["expressions"]))]
             groups = np.split(np.arange(len(pairs)), np.cumsum([len(row["expressions"]) for row in block])[:-1])
-            order = np.concatenate(_mixed_pieces(groups, self.sentences_per_image, random))
+            order = np.concatenate(_shuffled_pieces(groups, self.sentences_per_image, random))
             waiting += [pairs[i] for i in order]
             while len(waiting) >= self.batch_size:
                 yield waiting[: self.batch_size]
                 waiting = waiting[self.batch_size :]
 
     def _rows(self, plan: list[tuple[dict, int]], epoch: int) -> list[dict]:
-        rows, said = [], []
+        rows, donor_rows = [], []
         for image, places in _by_image(plan):
-            chosen = {**image, "expressions": [image["expressions"][place] for place in places]}
-            rows += _explode(chosen, self.columns)
+            batch_image = {**image, "expressions": [image["expressions"][place] for place in places]}
+            rows += _expression_rows(batch_image, self.columns)
             if self.augmentation.active:
-                said += _explode(image, ["sentence", "raw", "category_ids", "image_id"])
+                donor_rows += _expression_rows(image, ["sentence", "raw", "category_ids", "image_id"])
         if not self.augmentation.active:
             return rows
         names = {"sentences": "sentence", "raw": "raw", "category_ids": "category_ids", "image_ids": "image_id"}
-        borrowed = Donors(**{name: [row[column] for row in said] for name, column in names.items()})
-        return self.augmentation(rows, borrowed, self.seed, epoch)
+        donors = Donors(**{name: [row[column] for row in donor_rows] for name, column in names.items()})
+        return self.augmentation(rows, donors, self.seed, epoch)
 
 
-def _explode(image: dict, columns: Sequence[str]) -> list[dict]:
+def _expression_rows(image: dict, columns: Sequence[str]) -> list[dict]:
     """The expression rows of an image row."""
-    found = grefcoco.explode({name: [value] for name, value in image.items()}, list(columns))
-    return [dict(zip(found, values)) for values in zip(*found.values())]
+    rows = explode({name: [value] for name, value in image.items()}, list(columns))
+    return [dict(zip(rows, values)) for values in zip(*rows.values())]
 
 
-def _mixed_pieces(groups: Sequence[np.ndarray], size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Each group shuffled and cut into pieces of `size`, all of them in a random order."""
-    mixed = [random.permutation(group) for group in groups]
-    pieces = [group[i : i + size] for group in mixed for i in range(0, len(group), size)]
+def _shuffled_pieces(groups: Sequence[np.ndarray], size: int, random: np.random.Generator) -> list[np.ndarray]:
+    """Shuffle each group, cut it into pieces of `size`, and return all pieces in a random order."""
+    shuffled = [random.permutation(group) for group in groups]
+    pieces = [group[i : i + size] for group in shuffled for i in range(0, len(group), size)]
     return [pieces[i] for i in random.permutation(len(pieces))]
 
 
 def _by_image(plan: list[tuple[dict, int]]) -> list[tuple[dict, list[int]]]:
-    """The plan's images in order of their first sentence, each with the places of its sentences."""
-    found: dict[int, tuple[dict, list[int]]] = {}
+    """The plan's images in order of their first sentence, each with the indices of its sentences."""
+    images: dict[int, tuple[dict, list[int]]] = {}
     for image, place in plan:
-        found.setdefault(id(image), (image, []))[1].append(place)
-    return list(found.values())
+        images.setdefault(id(image), (image, []))[1].append(place)
+    return list(images.values())

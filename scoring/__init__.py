@@ -1,0 +1,1 @@
+"""What answers are worth: write the answers of a model, score a file of answers (`python -m scoring --help`)."""

@@ -1,0 +1,158 @@
+"""The scores of a model on a split: from its outputs during training, or from a file of answers.
+
+Both ways end in the accumulators of evaluate/gres and evaluate/grec, which keep a few numbers a sentence; everything
+else (baselines, groups of sentences, best and worst answers) follows from those numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from transformers import ProcessorMixin
+
+from grefcoco_data.masks import to_rle, xywh_to_xyxy
+from scoring.answers import Answer
+
+METRICS = Path(__file__).resolve().parents[1] / "evaluate"
+GRES, GREC = (evaluate.load(str(METRICS / name)) for name in ("gres", "grec"))
+COLUMNS = ["sent_id", "image_id", "width", "height", "sentence", "no_target", "ann_ids", "boxes", "mask"]
+BATCH = 1024  # answers of a file that are scored at once
+
+
+class Measurement:
+    """The accumulators of a split: the same result for any order of sentences and number of processes.
+
+    Masks from outputs are compared at the processed size, as published; masks from answers at the image's own size
+    (or at the resolution of the accumulator). Boxes are compared in pixels of the image.
+
+    Args:
+        rows: the expression rows that are measured, with `COLUMNS`.
+        processor: the model's; None where answers come from a file.
+        gres, grec: accumulators to fill; by default those of the published evaluators.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        processor: ProcessorMixin | None = None,
+        gres: object | None = None,
+        grec: object | None = None,
+    ) -> None:
+        self.rows = rows
+        self.ids = np.asarray(rows.with_format(None)["sent_id"])
+        self.places = {sent_id: place for place, sent_id in enumerate(self.ids.tolist())}
+        self.metrics = None if processor is None else processor.trainer_metrics(GRES, GREC)
+        self.gres = self.metrics.accumulators["gres"] if self.metrics else gres or GRES.accumulator()
+        self.grec = self.metrics.accumulators["grec"] if self.metrics else grec or GREC.accumulator()
+        self.every_object = GRES.accumulator()
+
+    def add_outputs(
+        self, outputs: object, labels: dict[str, torch.Tensor], image_index: torch.Tensor | None = None
+    ) -> None:
+        """A batch of model outputs, with the collator's labels."""
+        self.metrics.add(self.metrics.reduce(outputs, labels), labels)
+        if "categories" in labels:
+            objects, truth = labels["categories"] > 0, labels["masks"] > 0.5
+            objects = objects if image_index is None else objects[image_index]
+            columns = {
+                name: labels[name].cpu().numpy() for name in ("sent_id", "image_id", "num_targets", "no_target")
+            }
+            self.every_object.add_masks(objects, truth, no_target_score=np.zeros(len(truth)), **columns)
+
+    def add_answers(self, answers: Sequence[Answer]) -> None:
+        """A batch of answers to sentences of `rows`."""
+        truth = self.rows[[self.places[answer.sent_id] for answer in answers]]
+        rows = [dict(zip(truth, values)) for values in zip(*truth.values())]
+        masked = [(answer, row) for answer, row in zip(answers, rows) if answer.mask is not None]
+        boxed = [(answer, row) for answer, row in zip(answers, rows) if answer.boxes is not None]
+        if masked:
+            self.gres.add_batch(
+                predictions=[{"mask": answer.mask, "no_target": _no_target_score(answer)} for answer, _ in masked],
+                references=[mask_reference(row) for _, row in masked],
+            )
+        if boxed:
+            self.grec.add_batch(
+                predictions=[{"boxes": answer.boxes, "scores": answer.scores} for answer, _ in boxed],
+                references=[box_reference(row) for _, row in boxed],
+            )
+
+    def state(self) -> list[np.ndarray]:
+        """What other processes `merge`."""
+        return [accumulator.state() for accumulator in (self.gres, self.every_object, self.grec)]
+
+    def merge(self, state: list[np.ndarray]) -> None:
+        """Take in the `state()` of another process."""
+        for accumulator, part in zip((self.gres, self.every_object, self.grec), state):
+            accumulator.merge(part)
+
+    def tasks(self) -> dict[str, object]:
+        """The accumulators that hold sentences, by task: "gres", "grec"."""
+        return {name: part for name, part in (("gres", self.gres), ("grec", self.grec)) if len(part)}
+
+    def scores(self, check: bool = False) -> dict[str, dict[str, float]]:
+        """ "gres" and "grec", each where the model answers so.
+
+        Args:
+            check: raise ValueError when a sentence is missing.
+        """
+        expected = self.ids if check else None
+        return {name: accumulator.compute(expected=expected) for name, accumulator in self.tasks().items()}
+
+    def details(self) -> dict[str, dict]:
+        """Baselines to hold the GRES scores against, and both tasks' scores by kind of sentence."""
+        details: dict[str, dict] = {"baselines": {}, "breakdown": {}, "grec_breakdown": {}}
+        if len(self.gres):
+            details["baselines"]["always empty"] = _always_empty(self.gres.compute())
+            details["breakdown"] = self.gres.breakdown()
+        if len(self.every_object):
+            details["baselines"]["every object"] = self.every_object.compute()
+        if len(self.grec):
+            details["grec_breakdown"] = self.grec.breakdown()
+        return details
+
+    def extremes(self, number: int) -> tuple[list[int], list[int]]:
+        """Rows of the best and of the worst answers with targets: by IoU of the mask, without masks by the boxes."""
+        table = self.gres.table() if len(self.gres) else self.grec.table()
+        quality = np.asarray(table["iou"] if len(self.gres) else table["correct"], float)
+        has_target = np.asarray(table["num_targets"]) > 0
+        rows = np.array([self.places[sent_id] for sent_id in table["sent_id"]])[has_target]
+        order = np.argsort(-quality[has_target], kind="stable")
+        return rows[order[:number]].tolist(), rows[order[::-1][:number]].tolist()
+
+
+def batches(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
+    """Answers in lists of up to `BATCH`."""
+    answers = iter(answers)
+    while batch := list(islice(answers, BATCH)):
+        yield batch
+
+
+def mask_reference(row: dict) -> dict[str, object]:
+    """The reference of an expression row for the GRES metric."""
+    reference = {name: row[name] for name in ("mask", "no_target", "sent_id", "image_id", "sentence")}
+    return reference | {"num_targets": len(row["ann_ids"])}
+
+
+def box_reference(row: dict) -> dict[str, object]:
+    """The reference of an expression row for the GREC metric."""
+    return {"sent_id": row["sent_id"], "image_id": row["image_id"], "boxes": xywh_to_xyxy(row["boxes"])}
+
+
+def _no_target_score(answer: Answer) -> float:
+    """The probability of "none"; where the model gives none, an empty mask is the answer "none"."""
+    if answer.no_target is not None:
+        return answer.no_target
+    return float(not coco_mask.area(to_rle(answer.mask, *answer.mask["size"])[0]))
+
+
+def _always_empty(scores: dict[str, float]) -> dict[str, float]:
+    """What answering "none" to every sentence scores, for the set that `scores` are of."""
+    zeros = dict.fromkeys(("cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"), 0.0)
+    return {"gIoU": scores["always_empty/gIoU"], "N_acc": 1.0, **zeros}
