@@ -1,8 +1,8 @@
-"""What each part of the unified recipe brings: `python -m benchmarks.ablation DATASET OUT --steps 800 --jobs 2`.
+"""The effect of each part of the unified recipe: `python -m benchmarks.ablation DATASET OUT --steps 800 --jobs 2`.
 
-Every row is trained for the same steps with several seeds by train.py, and is measured on `val`. Rows that change
-answers alone ("answered together", "calibrated") are measured anew, not trained. A row that has its metrics.json is
-not run again, so an interrupted table goes on where it was. Flags this program does not know are train.py's.
+train.py trains every row for the same steps with several seeds and measures it on `val`. Rows that change the answers
+only ("answered together", "calibrated") are measured again, not trained. A row with a metrics.json is not run again,
+so an interrupted table continues. Unknown flags are passed to train.py.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from grefcoco_data.recipe import read_recipe
-from train import Run, TrainConfig
+from train import Run
+from training.config import TrainConfig, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "unified.yaml"
@@ -32,7 +32,7 @@ LANGUAGE = {
 }  # fmt: skip
 INSTANCES = {"num_instance_queries": 16}
 HARD_NEGATIVES = {"augmentation": {"hard_negatives": 0.15}}
-UNSUPERVISED = HARD_NEGATIVES | {"category_supervision": False}  # open gates leave nothing to teach categories to
+UNSUPERVISED = HARD_NEGATIVES | {"category_supervision": False}  # it needs closed language gates
 ROWS = {  # fields of the model, flags of the run; all else is the recipe's
     "published loss": ({}, {}),
     "+ dice, auxiliary losses, equal weights": (LOSS, {}),
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     options, added = parser.parse_known_args()
-    torch.set_num_threads(1)  # calibrating happens in this process, while others train
+    torch.set_num_threads(1)  # this process calibrates while others train
     common = {**read_recipe(RECIPE), "max_train_steps": options.steps, "eval_steps": options.steps}
     later = {*LOSS, *INSTANCES, "merge_instances"}
     model = {name: value for name, value in common["model"].items() if name not in later}
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(recipe: dict[str, object], flags: list[object], out: Path, dataset: str) -> None:
-    """Train a row; where it has instances, measure it a second time with regions and instances answering together."""
+    """Train a row; if it has instances, measure it again with the answers of regions and instances merged."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(out, [out / "recipe.yaml", *flags, "--report_to", "none", "--resume_from_checkpoint", "latest"], dataset)
@@ -91,7 +91,7 @@ def run(recipe: dict[str, object], flags: list[object], out: Path, dataset: str)
 
 
 def answers(out: Path, dataset: str) -> dict[str, dict[str, float]]:
-    """Scores of a trained row, by what was done to its answers."""
+    """Scores of a trained row, by how its answers are made."""
     scores = {"": scores_of(out)}
     if (out / "together").exists():
         scores[", answered together"] = scores_of(out / "together")
@@ -100,7 +100,7 @@ def answers(out: Path, dataset: str) -> dict[str, dict[str, float]]:
 
 
 def train(out: Path, flags: list[object], dataset: str) -> None:
-    """train.py into `out`, unless it has been there."""
+    """Run train.py into `out`, unless its metrics.json exists."""
     if (out / "metrics.json").exists():
         return
     command = [sys.executable, ROOT / "train.py", *flags, "--dataset", dataset, "--output_dir", out]
@@ -117,7 +117,7 @@ def scores_of(out: Path) -> dict[str, float]:
 
 
 def calibrated(out: Path, dataset: str) -> dict[str, float]:
-    """GRES scores on `val` with the no-target threshold that is best on `testA`; GREC knows no such threshold."""
+    """GRES scores on `val` with the no-target threshold that is best on `testA`; GREC has no such threshold."""
     path = out / "calibrated.json"
     if not path.exists():
         measured = {}
