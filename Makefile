@@ -10,9 +10,9 @@ BIN = .venv/bin
 
 .PHONY: demo test lint clean
 
-.venv/installed: setup.cfg pyproject.toml constraints.txt
+.venv/installed: setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --progress-bar on --constraint .ci/constraints.txt --editable '.[all]'
 	touch $@
 
 demo: .venv/installed
