@@ -49,6 +49,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedM
 
 import grefcoco
 from grefcoco_data import report
+from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder, staging_path
 from grefcoco_data.augmentation import Augmentation
 from grefcoco_data.measurement import Measurement
 from grefcoco_data.model_card import model_card
@@ -59,7 +60,6 @@ from modeling.processing_mdetr import MdetrCollator
 from modeling.processing_rela import RelaCollator, decode_mask
 from modeling.training_mdetr import weight_average
 from modeling.training_rela import flat, rate_factor
-from modeling.training_state import aside, broken_seal, put, seal
 
 ROOT = Path(__file__).resolve().parent
 GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
@@ -350,20 +350,20 @@ class Run:
             model = self.accelerator.unwrap_model(self.model)
             final = self.output_dir / name
             with self.room_on_disk(final):
-                temporary = aside(final)
+                temporary = staging_folder(final.with_name("next"))
                 if self.average is None:
                     model.save_pretrained(temporary, state_dict=state)
                 else:
                     self.average.module.save_pretrained(temporary)
                 self.processor.save_pretrained(temporary)
-                put(temporary, final)
+                publish(temporary, final)
 
     def save_checkpoint(self) -> None:
         """Save everything a resume needs under checkpoints/step-N: written aside, sealed with hashes, then renamed."""
         final = self.output_dir / "checkpoints" / f"step-{self.progress.step:08d}"
         if self.accelerator.is_main_process:
             with self.room_on_disk(final):
-                aside(final)
+                staging_folder(final.with_name("next"))
         self.accelerator.wait_for_everyone()
         with self.room_on_disk(final) as temporary:
             self.accelerator.save_state(str(temporary))
@@ -374,7 +374,7 @@ class Run:
                     save_file(self.average.state_dict(), temporary / "average.safetensors")
                 (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
                 seal(temporary)
-                put(temporary, final)
+                publish(temporary, final)
             for old in sorted(final.parent.glob("step-*"))[: -self.config.checkpoints_total_limit]:
                 shutil.rmtree(old)
         if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
@@ -385,7 +385,7 @@ class Run:
     @contextmanager
     def room_on_disk(self, final: Path) -> Iterator[Path]:
         """Where to write `final` aside; what cannot be written is removed, and the run stops with one line."""
-        temporary = final.with_name(".writing")
+        temporary = staging_path(final.with_name("next"))
         try:
             yield temporary
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
@@ -400,7 +400,7 @@ class Run:
         folder = self.output_dir / "checkpoints"
         found = sorted(folder.glob("step-*"), reverse=True) if choice == "latest" else [Path(choice)]
         for checkpoint in found:
-            broken = broken_seal(checkpoint)
+            broken = seal_fault(checkpoint)
             if broken is None:
                 self.accelerator.load_state(str(checkpoint))
                 if self.average is not None:

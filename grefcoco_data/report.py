@@ -5,7 +5,6 @@ It draws from plain numbers and arrays; measuring is the work of `evaluate/`, re
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -206,50 +204,6 @@ def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences:
     return "\n".join([*lines, *pictures, "![best and worst](best_and_worst.png)", ""])
 
 
-def draw_statistics(numbers: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Histograms per split of `targets`, `words` and `mask_share` (% of the image), an entry per sentence; a PNG."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
-    titles = {"targets": "targets", "words": "words", "mask_share": "area of the targets, % of the image"}
-    for axes, (name, title) in zip(panels, titles.items()):
-        top = max((columns[name].max(initial=1) for columns in numbers.values()), default=1)
-        bins = np.linspace(0, 100, 26) if name == "mask_share" else np.arange(0, top + 2) - 0.5
-        for split, columns in numbers.items():
-            shares = np.full(len(columns[name]), 100 / max(1, len(columns[name])))
-            axes.hist(np.minimum(columns[name], bins[-1]), bins, weights=shares, histtype="step", label=split)
-        axes.set(xlabel=title, ylabel="% of sentences")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    save_figure(figure, path, dpi=120)
-
-
-def write_samples_page(rows: list[dict], folder: Path, title: str) -> Path:
-    """Write a PNG for each expression row (as `grefcoco.load` gives) and the page `index.html` that shows them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = []
-    for row in rows:
-        name = f"{title}-{row['sent_id']}.png"
-        _draw_row(row, folder / name)
-        count = f"{len(row['ann_ids'])} target{'s' * (len(row['ann_ids']) != 1)}"
-        about = f"sentence {row['sent_id']}, ref {row['ref_id']}, image {row['image_id']}, {count}"
-        sentence = html.escape(row["sentence"])
-        figures.append(
-            f'<figure><img src="{name}" alt="{sentence}"><figcaption>{sentence}<br>{about}</figcaption></figure>'
-        )
-    page = folder / "index.html"
-    write_text(page, SAMPLES_PAGE.format(title=html.escape(title), figures="\n".join(figures)))
-    return page
-
-
-SAMPLES_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em; }} img {{ width: 100%; }}
-figure {{ display: inline-block; width: 420px; margin: 0 1em 1em 0; }} figcaption {{ color: #444; }}</style>
-<h1>{title}</h1>
-{figures}
-</html>
-"""
-
-
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -281,21 +235,6 @@ def _draw_sample(block: plt.SubFigure, sample: Sample) -> None:
     for axes in (original, truth, prediction):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-
-
-def _draw_row(row: dict, path: Path) -> None:
-    """Each target in a colour of its own, mask and box, on the image."""
-    picture = np.asarray(row["image"], dtype=np.float32) * (0.8 if row["masks"] else 0.4)
-    figure = plt.figure(figsize=(row["width"] / 100, row["height"] / 100))
-    axes = figure.add_axes((0, 0, 1, 1))
-    for number, (rle, box) in enumerate(zip(row["masks"], row["boxes"])):
-        colour = plt.get_cmap("tab10")(number % 10)[:3]
-        inside = coco_mask.decode(rle).astype(bool)
-        picture[inside] = picture[inside] * 0.5 + np.array(colour) * 127
-        axes.add_patch(plt.Rectangle(box[:2], *box[2:], fill=False, edgecolor=colour, linewidth=2))
-    axes.imshow(picture.astype(np.uint8))
-    axes.set_axis_off()
-    save_figure(figure, path, dpi=100)
 
 
 def _draw_answer(

@@ -13,9 +13,9 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-import grefcoco
-
 from .augmentation import Augmentation, Donors
+from .loading import shuffle_shards
+from .rows import explode
 
 BLOCK = 256  # images of a stream that are mixed with each other
 
@@ -130,7 +130,7 @@ class StreamedBatches(IterableDataset):
         self.sentences_per_image, self.seed, self.rank, self.start = sentences_per_image, seed, rank, start
         stored = ["image", "image_id", "file_name", "width", "height", "objects", "expressions"]
         self.full, self.light = (
-            split_dataset_by_node(grefcoco.shuffle_shards(images(names), seed), rank, world_size)
+            split_dataset_by_node(shuffle_shards(images(names), seed), rank, world_size)
             for names in (stored, ["expressions"])
         )
         self.full = self.full.cast_column("image", datasets.Image(decode=False))
@@ -189,7 +189,7 @@ class StreamedBatches(IterableDataset):
 
 def _explode(image: dict, columns: Sequence[str]) -> list[dict]:
     """The expression rows of an image row."""
-    found = grefcoco.explode({name: [value] for name, value in image.items()}, list(columns))
+    found = explode({name: [value] for name, value in image.items()}, list(columns))
     return [dict(zip(found, values)) for values in zip(*found.values())]
 
 
