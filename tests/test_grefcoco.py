@@ -13,11 +13,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 import grefcoco
+from grefcoco_data import building, loading
+from grefcoco_data import rows as row_module
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +46,7 @@ def built(genuine) -> Path:
     """Eight training shards of one image or none: small shards show errors of sharding."""
     out = genuine.parent / "built"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+        patch.setattr(building, "shard_count", lambda num_images: min(4, num_images))
         grefcoco.build(genuine, genuine / "train2014", out)
     return out
 
@@ -133,8 +137,8 @@ def test_image_bytes_are_untouched(genuine, built):
 
 def test_a_batch_shares_the_decoded_image(built, monkeypatch):
     calls = []
-    decode = grefcoco.decode_image
-    monkeypatch.setattr(grefcoco, "decode_image", lambda stored: calls.append(1) or decode(stored))
+    decode = loading.decode_image
+    monkeypatch.setattr(loading, "decode_image", lambda stored: calls.append(1) or decode(stored))
     rows = grefcoco.load(built, split="train")
     image_ids = rows.with_format(None)["image_id"][:]
     assert not calls
@@ -145,7 +149,8 @@ def test_a_batch_shares_the_decoded_image(built, monkeypatch):
 
 
 def test_columns_are_read_on_their_own(built, monkeypatch):
-    monkeypatch.setattr(grefcoco, "decode_image", None)
+    for module in (loading, row_module):
+        monkeypatch.setattr(module, "decode_image", None)
     for streaming in (False, True):
         rows = list(grefcoco.load(built, split="val", streaming=streaming, columns=["mask", "objects"]))
         assert all(list(row) == ["mask", "objects"] and len(row["objects"]) == 4 for row in rows)
@@ -218,7 +223,7 @@ def test_shuffled_shards_change_with_the_epoch(built):
 
 
 def test_zip_and_processes_give_the_same_bytes(genuine, built, tmp_path, monkeypatch):
-    monkeypatch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+    monkeypatch.setattr(building, "shard_count", lambda num_images: min(4, num_images))
     for kind, compression in (("stored", zipfile.ZIP_STORED), ("deflated", zipfile.ZIP_DEFLATED)):
         with zipfile.ZipFile(tmp_path / f"{kind}.zip", "w", compression) as archive:
             for path in sorted((genuine / "train2014").iterdir()):
@@ -228,7 +233,7 @@ def test_zip_and_processes_give_the_same_bytes(genuine, built, tmp_path, monkeyp
 
 
 def test_shards_suit_usual_world_sizes(built):
-    counts = [grefcoco.shard_count(images) for images in (0, 1, 199, 200, 750, 1_501, 16_994, 10**6)]
+    counts = [building.shard_count(images) for images in (0, 1, 199, 200, 750, 1_501, 16_994, 10**6)]
     assert counts == [1, 1, 1, 2, 4, 8, 64, 64]
     assert len(list((built / "data").glob("train-*-of-00004.parquet"))) == 4
 
@@ -236,7 +241,7 @@ def test_shards_suit_usual_world_sizes(built):
 def test_row_groups_are_small(genuine, tmp_path):
     many = write_genuine(tmp_path / "many", num_train=130)
     grefcoco.build(many, many / "train2014", tmp_path / "out")
-    file = grefcoco.pq.ParquetFile(next((tmp_path / "out" / "data").glob("train-*")))
+    file = pq.ParquetFile(next((tmp_path / "out" / "data").glob("train-*")))
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [100, 30]
 
 
@@ -263,7 +268,7 @@ def test_bad_images_are_named_or_refused(tmp_path):
     paths = sorted((source / "train2014").iterdir())
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:600])
-    grefcoco.Image.new("RGB", (WIDTH + 1, HEIGHT)).save(paths[2])
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(paths[2])
     paths[3].write_text("no image")
     with pytest.raises(ValueError, match="--skip-bad-images"):
         grefcoco.build(source, source / "train2014", tmp_path / "out")
@@ -271,8 +276,8 @@ def test_bad_images_are_named_or_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train2014.*\.jpg"):
         grefcoco.load(source, images=source / "train2014")
     report = grefcoco.build(source, source / "train2014", tmp_path / "out", skip_bad_images=True)
-    named = report["problems"]["bad image, left out with its sentences"]
-    for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "no JPEG or PNG"]):
+    named = report["problems"]["bad image, skipped with its sentences"]
+    for path, reason in zip(paths, ["is missing", "truncated", "is 65 x 48", "not a JPEG or PNG"]):
         assert any(path.name in name and reason in name for name in named)
     assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
 
@@ -280,7 +285,7 @@ def test_bad_images_are_named_or_refused(tmp_path):
 def test_images_are_not_turned_by_exif(tmp_path):
     source = write_genuine(tmp_path / "set")
     path = max((source / "train2014").iterdir())
-    picture = grefcoco.Image.open(path).copy()
+    picture = Image.open(path).copy()
     exif = picture.getexif()
     exif[0x0112] = 6
     picture.save(path, exif=exif, quality=95)
@@ -305,19 +310,20 @@ def test_strict_refuses_what_is_otherwise_reported(tmp_path):
 def test_folder_that_is_no_build_is_left_alone(genuine, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no former build"):
+    with pytest.raises(ValueError, match="not an earlier build"):
         grefcoco.build(genuine, genuine / "train2014", tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 KILLED_BUILD = """
 import sys, time, grefcoco
-whole = grefcoco.write_shard
+from grefcoco_data import building
+whole = building.write_shard
 def slow(job):
     print("shard", flush=True)
     time.sleep(float(sys.argv[4]))
     return whole(job)
-grefcoco.write_shard = slow
+building.write_shard = slow
 grefcoco.build(sys.argv[1], sys.argv[2], sys.argv[3])
 """
 

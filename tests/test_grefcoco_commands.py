@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import http.server
@@ -16,7 +17,10 @@ import datasets
 import pytest
 
 import grefcoco
-from grefcoco_data import commands
+from grefcoco_data import building, collections, commands, official
+from grefcoco_data.annotations import read_annotations
+from grefcoco_data.atomic_files import sha256
+from grefcoco_data.collections import COLLECTIONS, COUNTED
 from tests.tiny_grefcoco import write_genuine
 
 
@@ -108,38 +112,41 @@ def test_check_knows_whole_from_damaged(genuine, built, capsys):
     grefcoco.build(genuine, genuine / "train2014", built)
     (built / "data" / "val-00009-of-00010.parquet").write_bytes(b"left over")
     assert run("check", built) == 1
-    assert "val-00009-of-00010.parquet is no part" in capsys.readouterr().out
+    assert "val-00009-of-00010.parquet is not part" in capsys.readouterr().out
     for text in ("{", "{}"):
         (built / "build.json").write_text(text)
         assert run("check", built) == 2
         assert "build.json" in capsys.readouterr().err
 
 
+def as_release(monkeypatch: pytest.MonkeyPatch, sums: dict[str, str], counts: dict, images: str = "") -> None:
+    """Make these files the official ones of gRefCOCO."""
+    release = dataclasses.replace(COLLECTIONS["grefcoco"].release, sha256=sums, images=images)
+    official = dataclasses.replace(COLLECTIONS["grefcoco"], release=release, counts=counts)
+    monkeypatch.setitem(collections.COLLECTIONS, "grefcoco", official)
+
+
 def test_official_files_are_recognised(genuine, monkeypatch, capsys):
-    hashes = {name: grefcoco.sha256(genuine / name) for name in commands.OFFICIAL_SHA256}
-    monkeypatch.setattr(commands, "OFFICIAL_SHA256", hashes)
-    counts = commands._count_genuine(commands.read_annotations(genuine))
-    monkeypatch.setattr(
-        commands,
-        "OFFICIAL_COUNTS",
-        {split: tuple(found[name] for name in grefcoco.COUNTED) for split, found in counts.items()},
-    )
+    sums = {name: sha256(genuine / name) for name in COLLECTIONS["grefcoco"].release.sha256}
+    as_release(monkeypatch, sums, read_annotations(genuine).counts())
     assert run("check", genuine) == 0
     printed = capsys.readouterr().out
     assert printed.count("official release") == 2 + 4 and "not the official release" not in printed
 
 
 def test_counts_agree_built_and_genuine(genuine, tmp_path, monkeypatch):
-    monkeypatch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+    monkeypatch.setattr(building, "shard_count", lambda num_images: min(4, num_images))
     report = grefcoco.build(genuine, genuine / "train2014", tmp_path / "out")
-    for split, counts in commands._count_genuine(commands.read_annotations(genuine)).items():
+    for split, counts in read_annotations(genuine).counts().items():
+        assert list(counts) == list(COUNTED)
         assert {name: report["splits"][split][name] for name in counts} == counts
 
 
 def test_official_counts_add_up():
-    sums = [sum(column) for column in zip(*commands.OFFICIAL_COUNTS.values())]
+    counts = [tuple(split[name] for name in COUNTED) for split in COLLECTIONS["grefcoco"].counts.values()]
+    sums = [sum(column) for column in zip(*counts)]
     assert sums[1:6] == [94_050, 258_836, 37_166, 132_187, 89_483] and sums[0] == 19_994 + 1
-    assert all(row[2] == sum(row[3:6]) for row in commands.OFFICIAL_COUNTS.values())
+    assert all(row[2] == sum(row[3:6]) for row in counts)
 
 
 def test_stats_and_show_leave_pictures(genuine, built, tmp_path, capsys):
@@ -213,60 +220,60 @@ def server() -> Iterator[http.server.HTTPServer]:
 def test_cut_download_goes_on_where_it_stopped(server, tmp_path, ranges):
     path, server.limit, server.ranges = tmp_path / "file", 40_000, ranges
     with pytest.raises(ValueError, match="cut off after 40000 of 128000"):
-        commands.fetch(server.url, path)
+        official.download_file(server.url, path)
     assert not path.exists()
     server.limit = None
-    commands.fetch(server.url, path, hashlib.sha256(server.content).hexdigest())
+    official.download_file(server.url, path, hashlib.sha256(server.content).hexdigest())
     assert path.read_bytes() == server.content and server.asked == [0, 40_000]
-    commands.fetch(server.url, path)
+    official.download_file(server.url, path)
     assert len(server.asked) == 2 and [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
 def test_download_killed_before_its_last_step_is_finished(server, tmp_path):
     (tmp_path / "file.part").write_bytes(server.content)
-    commands.fetch(server.url, tmp_path / "file", hashlib.sha256(server.content).hexdigest())
+    official.download_file(server.url, tmp_path / "file", hashlib.sha256(server.content).hexdigest())
     assert [item.name for item in tmp_path.iterdir()] == ["file"] and server.asked == [128_000]
 
 
 def test_wrong_checksum_is_thrown_away(server, tmp_path):
     with pytest.raises(ValueError, match="sha256"):
-        commands.fetch(server.url, tmp_path / "file", "0" * 64)
+        official.download_file(server.url, tmp_path / "file", "0" * 64)
     assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_ends_a_download_in_one_line(server, tmp_path):
     (tmp_path / "file.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"file\.part: .*No space left.*Run again"):
-        commands.fetch(server.url, tmp_path / "file")
+        official.download_file(server.url, tmp_path / "file")
     assert not (tmp_path / "file").exists()
 
 
 def test_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
-    copy = commands._copy
+    copy = official._copy
 
-    def full(answer: object, partial: Path, have: int, total: int) -> None:
-        partial.write_bytes(answer.read(1000))
+    def full(response: object, partial: Path, have: int, total: int) -> None:
+        partial.write_bytes(response.read(1000))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(commands, "_copy", full)
+    monkeypatch.setattr(official, "_copy", full)
     with pytest.raises(OSError, match="No space left"):
-        commands.fetch(server.url, tmp_path / "file")
-    monkeypatch.setattr(commands, "_copy", copy)
-    commands.fetch(server.url, tmp_path / "file")
+        official.download_file(server.url, tmp_path / "file")
+    monkeypatch.setattr(official, "_copy", copy)
+    official.download_file(server.url, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == server.content and server.asked == [0, 1000]
 
 
 def test_build_downloads_what_is_missing(server, genuine, tmp_path, monkeypatch):
     server.content = (genuine / "instances.json").read_bytes()
     (genuine / "instances.json").unlink()
-    monkeypatch.setattr(commands, "hf_hub_url", lambda *args, **kwargs: server.url)
-    monkeypatch.setitem(commands.OFFICIAL_SHA256, "instances.json", hashlib.sha256(server.content).hexdigest())
+    monkeypatch.setattr(official, "hf_hub_url", lambda *args, **kwargs: server.url)
+    as_release(monkeypatch, {"instances.json": hashlib.sha256(server.content).hexdigest()}, {})
     assert build(genuine, genuine / "train2014", tmp_path / "out", "--download") == 0
     assert (tmp_path / "out" / "README.md").exists()
     assert build(genuine, genuine / "train2014", tmp_path / "out", "--download", "--config", "refcoco_unc") == 2
 
 
 def test_no_server_is_one_line(genuine, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "COCO_IMAGES", "http://127.0.0.1:9/train2014.zip")
+    as_release(monkeypatch, {}, {}, images="http://127.0.0.1:9/train2014.zip")
     assert build(genuine, tmp_path / "train2014.zip", tmp_path / "out", "--download") == 2
     assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()

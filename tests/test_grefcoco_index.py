@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import grefcoco
-from grefcoco_data.commands import coco_format, mdetr_format
+from grefcoco_data.export import coco_format, mdetr_format
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from grefcoco_data import image_rows
-from modeling.training_state import aside, broken_seal, put, seal
+from grefcoco_data import building, rows
+from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder
 from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # several files of several groups, as real data has
-        for module in (train.grefcoco, image_rows):
+        for module in (building, rows):
             patch.setattr(module, "ROWS_PER_GROUP", 4)
         folder = make_dataset(tmp_path_factory.mktemp("data"))
     files = sorted((folder / "data").glob("train-*.parquet"))
@@ -130,8 +130,8 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(dataset, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert "cannot write" in line and "step-00000006" in line and "make room" in line
     assert "Traceback" not in done.stderr
-    assert broken_seal(older) is None
-    assert not (older.parent / ".writing").exists()
+    assert seal_fault(older) is None
+    assert [path.name for path in older.parent.iterdir()] == [older.name]
 
 
 class Poisoned(train.RelaCollator):
@@ -177,13 +177,13 @@ def test_a_metric_that_is_not_measured_is_one_line(dataset, tmp_path, capsys):
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     final = tmp_path / "model"
     for text in ("first", "second"):
-        temporary = aside(final)
+        temporary = staging_folder(final)
         (temporary / "sub").mkdir()
         (temporary / "sub" / "file").write_text(text)
-        assert broken_seal(temporary).startswith("it is incomplete")
+        assert seal_fault(temporary).startswith("it is incomplete")
         seal(temporary)
-        put(temporary, final)
-        assert (final / "sub" / "file").read_text() == text and broken_seal(final) is None
+        publish(temporary, final)
+        assert (final / "sub" / "file").read_text() == text and seal_fault(final) is None
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     (final / "sub" / "file").write_text("Second")
-    assert broken_seal(final) == "sub/file is damaged"
+    assert seal_fault(final) == "sub/file is damaged"
