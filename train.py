@@ -55,16 +55,15 @@ from grefcoco_data.model_card import model_card
 from grefcoco_data.recipe import TrainConfig, parse_config
 from grefcoco_data.sampling import SentenceBatchSampler, StreamedBatches, TrainRows
 from modeling import training_mdetr, training_rela
-from modeling.processing_mdetr import MdetrCollator
-from modeling.processing_rela import RelaCollator, decode_mask
-from modeling.training_mdetr import weight_average
-from modeling.training_rela import flat, rate_factor
+from modeling.processing_rela import decode_mask
+from modeling.referring_processor import BASE_COLUMNS, Collator
+from modeling.trainer_metrics import flat
 from modeling.training_state import aside, broken_seal, put, seal
+from training.schedule import rate_factor, weight_average
 
 ROOT = Path(__file__).resolve().parent
 GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
 FAMILIES = {"rela": training_rela, "mdetr": training_mdetr}  # how each kind of model is made and trained
-COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids", "mask"]
 LOGGING_STEPS = 50  # steps between records of the loss
 STOP_STEPS = 10  # steps between the moments at which several processes ask each other whether to stop
 MAX_SKIPPED = 20  # steps without a finite gradient, one after another, before a run gives up
@@ -104,7 +103,8 @@ class Run:
         )
         set_seed(config.seed)
         self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
-        self.rows = grefcoco.load(config.dataset, split=config.split, columns=[*COLUMNS, "boxes", "objects"])
+        columns = [*BASE_COLUMNS, "mask", "boxes", "objects"]
+        self.rows = grefcoco.load(config.dataset, split=config.split, columns=columns)
         self.model, self.processor = self.load_model()
         self.collator = self.make_collator(training=False)
         self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
@@ -142,17 +142,12 @@ class Run:
                 found.update(item["category_id"] for item in row["objects"])
         return sorted(found)
 
-    def make_collator(self, training: bool) -> RelaCollator | MdetrCollator:
-        """What makes batches of rows, with the labels that the losses or (categories alone) the measuring need."""
+    def make_collator(self, training: bool) -> Collator:
+        """The function from rows to batches, with the labels of the losses or (categories included) of measuring."""
         config = self.config
-        if self.model_config.model_type == "mdetr":
-            return MdetrCollator(self.processor, config.text_column)
-        supervised = config.category_supervision or not training
         splits = [config.split] if config.eval_only else ["train", config.split]
-        instances = training and bool(self.model_config.num_instance_queries)
-        return RelaCollator(
-            self.processor, self.categories(*splits) if supervised else (), config.text_column, instances
-        )
+        category_ids = self.categories(*splits) if config.category_supervision or not training else ()
+        return self.processor.collator(self.model_config, config.text_column, category_ids, training)
 
     def _prepare_training(self) -> None:
         config = self.config
@@ -240,11 +235,9 @@ class Run:
 
     def train_columns(self) -> list[str]:
         """The columns that training rows need; others are not even looked up."""
-        mdetr = self.model_config.model_type == "mdetr"
-        instances = mdetr or bool(self.model_config.num_instance_queries)
-        objects = ["objects"] if instances or self.augmentation.active or self.config.category_supervision else []
-        boxes = ["boxes"] if mdetr or self.augmentation.active else []
-        return COLUMNS + objects + boxes + (["category_ids", "masks"] if self.augmentation.active else [])
+        columns = self.processor.columns(True, self.model_config)
+        augmented = ["mask", "objects", "boxes", "category_ids", "masks"] if self.augmentation.active else []
+        return list(dict.fromkeys([*columns, *augmented]))
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -428,12 +421,12 @@ class Run:
         batches = batches[self.accelerator.process_index :: processes]
         workers = self.config.dataloader_num_workers
         loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collator, num_workers=workers)
-        measurement = Measurement(self.rows, GRES, GREC)
+        measurement = Measurement(self.rows, self.processor.trainer_metrics(GRES, GREC))
         bar = tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process)
-        for indices, batch in zip(batches, bar):
+        for batch in bar:
             batch = send_to_device(batch, self.accelerator.device)
             labels = batch.pop("labels")
-            measurement.add(indices, model(**batch), labels, batch.get("image_index"), self.processor)
+            measurement.add(model(**batch), labels, batch.get("image_index"))
         for rank, state in enumerate(gather_object([measurement.state()])):
             if rank != self.accelerator.process_index:
                 measurement.merge(state)
@@ -466,7 +459,7 @@ class Run:
                 num_targets=len(row["ann_ids"]),
                 prediction=None if mask is None else mask["mask"].cpu().numpy(),
                 boxes=None if box is None else box["boxes"].cpu().numpy(),
-                predicted_no_target=mask["no_target"] if mask else not len(box["boxes"]),
+                predicted_no_target=(mask or box)["no_target"],
             )
             for row, mask, box in zip(rows, masks, boxes)
         ]

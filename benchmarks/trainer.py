@@ -7,7 +7,6 @@ JSON. What a recipe asks of train.py beyond that (streams, augmentation, running
 import argparse
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +14,14 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import grefcoco
 import train
 from grefcoco_data.augmentation import Augmentation
 from grefcoco_data.recipe import TrainConfig, read_recipe
 from grefcoco_data.sampling import SentenceBatchSampler, TrainRows
-from modeling.processing_mdetr import MdetrCollator
-from modeling.processing_rela import RelaCollator
-from modeling.training_rela import rate_factor
+from training.schedule import rate_factor
 
 
 class SceneTrainer(Trainer):
@@ -62,7 +59,7 @@ def main() -> None:
 
 def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
     """Train as the recipe says; where it has a category warm-up, that is a training of its own before."""
-    columns = [*train.COLUMNS, "boxes", "objects"]
+    columns = [*train.BASE_COLUMNS, "mask", "boxes", "objects"]
     rows, val = (grefcoco.load(config.dataset, split=split, columns=columns) for split in ("train", config.split))
     images = grefcoco.load(config.dataset, split="train", layout="image", columns=["objects"], streaming=True)
     categories = sorted({item["category_id"] for image in images for item in image["objects"]})
@@ -73,7 +70,9 @@ def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
     model, processor = family.new_model(
         fields, lambda: rows.with_format(None)["sentence"], image_size=config.image_size
     )
-    collator, metrics = measures(model, processor, categories if config.category_supervision else [])
+    category_ids = categories if config.category_supervision else []
+    collator = processor.collator(model.config, config.text_column, category_ids, training=True)
+    metrics = processor.trainer_metrics(train.GRES, train.GREC)
     warm_up = config.category_warmup_steps
     phases = [(0, warm_up, 1, lambda rows: train.vision_only(collator(rows)))] if warm_up else []
     phases.append((warm_up, config.max_train_steps - warm_up, config.sentences_per_image, collator))
@@ -102,16 +101,6 @@ def rate(config: TrainConfig, schedule: str, first: int, step: int) -> float:
     """Factor of the learning rate at `step` of a phase that begins at step `first` of the recipe."""
     restart, rise = config.category_warmup_steps, config.lr_warmup_steps
     return rate_factor(schedule, first + step, config.max_train_steps, rise, config.lr_decay_steps, restart)
-
-
-def measures(model: PreTrainedModel, processor: ProcessorMixin, categories: list[int]) -> tuple[Callable, Callable]:
-    """The family's collator and metrics."""
-    family = train.FAMILIES[model.config.model_type]
-    if model.config.model_type == "mdetr":
-        return MdetrCollator(processor), family.StreamingMetrics(grec=train.GREC, processor=processor)
-    instances = bool(model.config.num_instance_queries)
-    metrics = family.StreamingMetrics(train.GRES, train.GREC if instances else None, processor)
-    return RelaCollator(processor, categories, instances=instances), metrics
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import datasets
 import numpy as np
 import torch
-
-from .report import corners
 
 
 class Measurement:
@@ -16,65 +14,29 @@ class Measurement:
 
     Args:
         rows: the expression rows that are measured, as `grefcoco.load` gives them.
-        gres, grec: the metrics as `evaluate.load` gives them.
+        metrics: the processor's `trainer_metrics`, with both metrics.
     """
 
-    def __init__(self, rows: datasets.Dataset, gres: object, grec: object) -> None:
-        index = rows.with_format(None)
-        self.ids, self.image_ids = np.asarray(index["sent_id"]), np.asarray(index["image_id"])
-        self.counts = np.array([len(ids) for ids in index["ann_ids"]])
-        self.words = np.array([len(sentence.split()) for sentence in index["sentence"]])
-        self.boxes = index["boxes"]
-        self.sizes = list(zip(index["height"], index["width"]))
-        self.gres, self.every_object, self.grec = gres.accumulator(), gres.accumulator(), grec.accumulator()
+    def __init__(self, rows: datasets.Dataset, metrics: object) -> None:
+        self.ids = np.asarray(rows.with_format(None)["sent_id"])
+        self.metrics, self.every_object = metrics, metrics.metrics["gres"].accumulator()
+        self.gres, self.grec = metrics.accumulators["gres"], metrics.accumulators["grec"]
 
     def add(
-        self,
-        indices: Sequence[int],
-        outputs: object,
-        labels: dict[str, torch.Tensor],
-        image_index: torch.Tensor | None,
-        processor: object,
+        self, outputs: Mapping[str, torch.Tensor], labels: dict[str, torch.Tensor], image_index: torch.Tensor | None
     ) -> None:
-        """A batch: `outputs` of the model for the rows at `indices`, with the collator's labels.
+        """A batch: outputs of the model, with the collator's labels.
 
         Masks are compared at the processed size, as published; boxes in pixels of the original image.
         """
-        if "pred_masks" in outputs:
-            self._add_masks(indices, outputs, labels, image_index)
-        if "pred_boxes" in outputs:
-            sizes = [self.sizes[index] for index in indices]
-            found = processor.post_process_grec(outputs, threshold=0.0, target_sizes=sizes)
-            self.grec.add_batch(
-                predictions=[{name: answer[name].cpu().numpy() for name in ("boxes", "scores")} for answer in found],
-                references=[
-                    {"boxes": corners(self.boxes[i]), "sent_id": self.ids[i], "image_id": self.image_ids[i]}
-                    for i in indices
-                ],
-            )
-
-    def _add_masks(
-        self,
-        indices: Sequence[int],
-        outputs: object,
-        labels: dict[str, torch.Tensor],
-        image_index: torch.Tensor | None,
-    ) -> None:
-        truth = labels["masks"] > 0.5
-        logits = torch.nn.functional.interpolate(outputs.pred_masks.float(), truth.shape[-2:], mode="bilinear")
-        columns = {
-            "sent_id": self.ids[indices],
-            "image_id": self.image_ids[indices],
-            "num_targets": self.counts[indices],
-            "num_words": self.words[indices],
-            "no_target": labels["no_target"].cpu().numpy(),
-        }
-        scores = outputs.no_target_logits.float().softmax(-1)[:, 1].cpu().numpy()
-        self.gres.add_masks(logits[:, 1] > logits[:, 0], truth, no_target_score=scores, **columns)
-        if "categories" in labels:
+        self.metrics.add(self.metrics.reduce(outputs, labels), labels)
+        if "categories" in labels and "masks" in labels:
             objects = labels["categories"] > 0
             objects = objects if image_index is None else objects[image_index]
-            self.every_object.add_masks(objects, truth, no_target_score=np.zeros(len(truth)), **columns)
+            names = ("no_target", "sent_id", "image_id", "num_targets", "num_words")
+            columns = {name: labels[name].tolist() for name in names}
+            nothing = np.zeros(len(objects))
+            self.every_object.add_masks(objects, labels["masks"] > 0, no_target_score=nothing, **columns)
 
     def state(self) -> list[np.ndarray]:
         """What other processes `merge`."""
