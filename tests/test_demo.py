@@ -40,5 +40,5 @@ def test_short_demo_and_a_second_run(tmp_path):
     built = os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns
     second = make_demo(tmp_path, "SCENES_FLAGS=--train 60 --val 12 --testA 6 --testB 6")
     assert second.returncode == 0, second.stderr[-3000:]
-    assert os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns == built, "the second run must use the data again"
-    assert json.loads((out / "metrics.json").read_text())["gres"] == metrics["gres"], "equal runs must have equal scores"
+    assert os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns == built, "the data must be reused"
+    assert json.loads((out / "metrics.json").read_text())["gres"] == metrics["gres"], "scores must be deterministic"
