@@ -179,7 +179,7 @@ class Between:
     second: Phrase
 
     def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
-        """Return indices into `objects`; raise `AmbiguousError` near an end of the line and not close to it."""
+        """Return indices into `objects`; raise `AmbiguousError` if an object is only roughly between the ends."""
         ends = sorted(self.first.find_targets(objects) | self.second.find_targets(objects))
         if len(ends) < 2:
             raise AmbiguousError
