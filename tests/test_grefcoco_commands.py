@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import grefcoco
-from grefcoco_data import building, collections, commands, masks, official, show
+from grefcoco_data import building, collections, commands, official, show
 from grefcoco_data.annotations import read_annotations
 from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.atomic_files import sha256
