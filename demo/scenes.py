@@ -11,7 +11,6 @@ images leaves the first ones as they were.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks beside the script only
 
 from demo.sentences import COLOURS, SPEECHES, Expression, Thing, expressions
+from grefcoco_data.arguments import ArgumentParser
 
 VERSION = 1  # of the scenes: raise it when equal parameters would give other files
 SPLITS = ("train", "val", "testA", "testB")
@@ -432,13 +432,8 @@ def scribble(rng: random.Random, sent: str) -> str:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main() -> int:
-    parser = OneLineParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; must be new, or made with the same arguments")
     parser.add_argument("--level", choices=tuple(LEVELS), default="easy")
     parser.add_argument("--seed", type=int, default=0)
