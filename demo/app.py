@@ -8,7 +8,6 @@ The model runs once for a picture and its sentences. The threshold slider does n
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import sys
@@ -28,11 +27,13 @@ from transformers import Pipeline, pipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's import path has only its own folder
 
 from demo.scenes import make_scene
+from grefcoco_data.arguments import ArgumentParser
 
 MAX_SIDE, MAX_SENTENCES = 1024, 12  # limits of one request: longest side in pixels, sentences
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 EXAMPLES = (2, 10, 23)  # scenes with sentences of one target, of several, and of none
 SPACE_FILES = ("demo/app.py", "demo/scenes.py", "demo/sentences.py")
+SPACE_FILES += ("grefcoco_data/__init__.py", "grefcoco_data/arguments.py")
 SPACE_REQUIREMENTS = "numpy\npillow\npycocotools\ntorch>=2.11\ntqdm\ntransformers>=5.17\n"
 SPACE_APP = 'from demo.app import main\n\nraise SystemExit(main(["--model", "{model}"]))\n'
 SPACE_CARD = """---
@@ -329,7 +330,7 @@ def push_space(model: str, space: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--model", default="runs/demo/checkpoint", help="checkpoint folder or Hub id (default runs/demo/checkpoint)"
     )

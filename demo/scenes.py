@@ -11,7 +11,6 @@ with more images, the first images stay the same.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's import path has only its own folder
 
 from demo.sentences import COLOURS, SENTENCE_RULES, Expression, VisibleObject, draw_expressions
+from grefcoco_data.arguments import ArgumentParser
 
 VERSION = 1  # of the scenes: increase it when the same parameters give different files
 SPLITS = ("train", "val", "testA", "testB")
@@ -467,15 +467,8 @@ def draw_raw_sentence(rng: random.Random, sent: str) -> str:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser with error messages of one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main() -> int:
-    parser = OneLineParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", metavar="OUT", help="output folder: new, or written with the same arguments")
     parser.add_argument("--level", choices=tuple(LEVELS), default="easy", help="difficulty (default easy)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")

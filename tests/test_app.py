@@ -68,7 +68,6 @@ class CountingPipeline:
     def __init__(self, folder: Path) -> None:
         self.segment, self.runs = pipeline("referring-segmentation", str(folder), trust_remote_code=True), 0
         self.processor = self.segment.processor
-        self.processor.no_target_threshold = 0.5
 
     def __call__(self, picture: Image.Image, text: list[str]) -> list[dict]:
         self.runs += 1
