@@ -1,4 +1,4 @@
-"""The model repository of gRefCOCO as transformers classes. Importing it registers every family with the auto classes."""
+"""The model repository of gRefCOCO. Importing it registers every family with the auto classes of transformers."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
