@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from tests.hub_server import Hub
-from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
+from tests.tiny_training import ROOT, run, tiny, train_here
 
 MDETR = {
     "model_type": "mdetr",
@@ -41,8 +41,8 @@ MDETR = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+def dataset(scenes_dataset):
+    return scenes_dataset
 
 
 def weights(out: Path, name: str = "checkpoint") -> dict[str, torch.Tensor]:
@@ -173,12 +173,8 @@ def test_frozen_parameters_stay(dataset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
-    """A run with a tracker and a best model."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    flags = tiny(dataset, out, eval_steps=3, category_warmup_steps=0)
-    assert train_here(*flags, "--report_to", "tensorboard", "--metric_for_best_model", "gIoU") == 0
-    return out
+def finished(finished_run):
+    return finished_run
 
 
 def test_the_best_model_is_kept(finished):
