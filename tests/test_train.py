@@ -1,7 +1,6 @@
 """train.py: recipes and their errors, the sampler, a run from scenes to report, resuming."""
 
 import json
-import os
 import re
 import signal
 
@@ -17,7 +16,7 @@ from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
 from modeling.training_rela import parameter_groups, rate_factor, refuse_unknown, word_tokenizer
 from tests.processes import fork, start_group
-from tests.tiny_training import ROOT, run, tiny, train_here
+from tests.tiny_training import ROOT, tiny, train_and_die, train_here
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -179,20 +178,9 @@ def test_the_ten_lines_of_the_readme(finished, dataset, capsys):
     )
 
 
-def train_until_killed_after_a_checkpoint(*flags: str) -> int:
-    save = train.Run.save_checkpoint
-
-    def save_and_die(run: train.Run) -> None:
-        save(run)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    train.Run.save_checkpoint = save_and_die
-    return train_here(*flags)
-
-
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, dataset, tmp_path):
     flags = tiny(dataset, tmp_path / "part", eval_steps=3, checkpointing_steps=5)
-    assert fork(train_until_killed_after_a_checkpoint, *flags).returncode == -9
+    assert fork(train_and_die, "backward", 7, signal.SIGKILL, *flags).returncode == -9
     assert not (tmp_path / "part" / "checkpoint").exists()
     resumed = fork(train_here, *flags, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr

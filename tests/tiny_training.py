@@ -1,5 +1,8 @@
 """A data set and a recipe with which train.py runs in seconds."""
 
+import itertools
+import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -7,7 +10,9 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import psutil
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 import train
@@ -41,6 +46,25 @@ def train_here(*flags: object, pictures: bool = False) -> int:
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+def train_and_die(method: str, call: int, number: int, *flags: object) -> int:
+    """Run train.py, and send this process signal `number` after the `call`-th call of an Accelerator's `method`.
+
+    SIGKILL takes the data loader's processes along.
+    """
+    original, calls = getattr(Accelerator, method), itertools.count(1)
+
+    def call_and_signal(*arguments: object, **options: object) -> object:
+        result = original(*arguments, **options)
+        if next(calls) == call:
+            for child in psutil.Process().children() if number == signal.SIGKILL else []:
+                child.kill()
+            os.kill(os.getpid(), number)
+        return result
+
+    with mock.patch.object(Accelerator, method, call_and_signal):
+        return train_here(*flags)
 
 
 def no_picture(*arguments: object) -> np.ndarray:
