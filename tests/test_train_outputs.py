@@ -223,7 +223,7 @@ def test_the_card_holds_the_scores_the_recipe_and_the_data(finished, dataset):
 
 
 def test_every_flag_has_a_help_text_and_a_user():
-    code = (ROOT / "train.py").read_text()
+    code = "".join((ROOT / name).read_text() for name in ("train.py", "training/families.py"))
     for flag in dataclasses.fields(train.TrainConfig):
         assert len(flag.metadata["help"]) > 10
         assert f"config.{flag.name}" in code, flag.name
