@@ -93,8 +93,8 @@ def rle_overlaps(
     truths: Sequence[Rle],
     resolution: int | str | None = None,
     nearest: str = "center",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pixel counts of each pair: (intersection, union, predicted area, compared pixels), int64 arrays of length n.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixel counts of each pair: (intersection, union, predicted area), int64 arrays of length n.
 
     Args:
         resolution: where a pair is compared: None as given, "original" at the truth's size, int on a square.
@@ -109,7 +109,7 @@ def rle_overlaps(
         index = int(np.argmax(wrong))
         raise ValueError(
             f"prediction {index} is {pred_sizes[index].tolist()} and its reference {true_sizes[index].tolist()} "
-            '(height, width): predict at the reference\'s size, or choose a common one with resolution="original" or 480'
+            '(height, width): predict at that size, or choose a common one with resolution="original" or 480'
         )
     pixels = sizes.prod(axis=1)
     counts = []
@@ -121,7 +121,14 @@ def rle_overlaps(
             both.append(_resample(runs, old[part], sizes[part], nearest))
         counts.append([_shared_pixels(*both), both[0].area, both[1].area])
     intersection, predicted, truth = np.concatenate([np.zeros((3, 0), np.int64), *counts], axis=1)
-    return intersection, predicted + truth - intersection, predicted, pixels
+    return intersection, predicted + truth - intersection, predicted
+
+
+def num_pixels(truths: Sequence[Rle], resolution: int | str | None) -> np.ndarray:
+    """Pixels of the size at which each pair is compared, int64 (n,)."""
+    if resolution in (None, "original"):
+        return _sizes(truths, "reference").prod(axis=1)
+    return np.full(len(truths), resolution**2)
 
 
 def dense_overlaps(
@@ -270,7 +277,9 @@ def _read_runs(masks: Sequence[Rle], sizes: np.ndarray, side: str, offset: int) 
     padded = ["0" + string if odd else "0" + string + "0" for string, odd in zip(strings, (num_counts % 2).tolist())]
     counts, long = _join_digits(_codes(padded))
     if len(long):
-        refuse(np.bincount(np.searchsorted(np.cumsum([*map(len, padded)]), long, "right")) > 0, "has a number too long")
+        refuse(
+            np.bincount(np.searchsorted(np.cumsum([*map(len, padded)]), long, "right")) > 0, "has a number too long"
+        )
     num_rows = num_counts // 2 + 1
     first = np.cumsum(num_rows) - num_rows
     last = first + num_rows - 1
