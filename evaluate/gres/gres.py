@@ -20,7 +20,7 @@ from .accumulator import OPTIONAL, GresAccumulator
 from .analysis import WORD_BINS
 from .masks import as_rles, encode, foreground
 from .scores import PROTOCOLS, modes_table
-from .sentence_rows import DirectCompute, Threshold, batches, plot_curve, read_columns
+from .sentence_rows import DirectCompute, Threshold, batches, number, plot_curve, read_columns
 
 DESCRIPTION = """
 gIoU, cIoU, T_acc, N_acc and Pr@X of generalised referring expression segmentation (gRefCOCO), equal to the published
@@ -113,6 +113,7 @@ class GresMetric(DirectCompute, evaluate.Metric):
         if unknown := options.keys() - OPTIONS:
             raise ValueError(f"unknown option {', '.join(sorted(unknown))}: the options are {', '.join(OPTIONS)}")
         GresAccumulator(options.get("compat", "rela"), options.get("resolution"))
+        number("bootstrap", options.get("bootstrap", 0), 0, 1e9)
 
     def _compute(
         self,
