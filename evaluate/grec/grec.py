@@ -15,13 +15,14 @@ from typing import ClassVar
 
 import datasets
 import evaluate
+import numpy as np
 
-from .accumulator import OPTIONAL, GrecAccumulator
+from .accumulator import OPTIONAL, ROW, GrecAccumulator
 from .average_precision import BACKENDS, average_precision
-from .boxes import join_boxes
+from .boxes import join_boxes, join_scores, refuse_bad_boxes
 from .matching import overlaps
 from .modes import MODES, modes_table
-from .sentence_rows import DirectCompute, Threshold, batches, choice, number, plot_curve, read_columns
+from .sentence_rows import DirectCompute, Threshold, batches, choice, number, plot_curve, read_columns, whole_numbers
 from .ties import first_of_topk
 
 DESCRIPTION = """
@@ -104,9 +105,18 @@ class GrecMetric(DirectCompute, evaluate.Metric):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
         answers = read_columns(predictions, "prediction", ["boxes", "scores"])
         truths = read_columns(references, "reference", ["boxes"], OPTIONAL)
-        for columns, kind in ((answers, "prediction"), (truths, "reference")):
-            columns["boxes"] = [join_boxes([boxes], kind)[0].tolist() for boxes in columns["boxes"]]
-        answers["scores"] = [list(map(float, scores)) for scores in answers["scores"]]
+        boxes, num_boxes = join_boxes(answers["boxes"], "prediction")
+        scores, num_scores = join_scores(answers["scores"])
+        targets, num_targets = join_boxes(truths["boxes"], "reference")
+        refuse_bad_boxes(boxes, num_boxes, num_scores, targets, num_targets)
+        for columns, name, values, lengths in (
+            (answers, "boxes", boxes, num_boxes),
+            (answers, "scores", scores, num_scores),
+            (truths, "boxes", targets, num_targets),
+        ):
+            columns[name] = [part.tolist() for part in np.split(values, np.cumsum(lengths))[:-1]]
+        for name in truths.keys() & OPTIONAL.keys():
+            truths[name] = whole_numbers(name, truths[name], ROW[name]).tolist()
         defaults = {name: [default] * len(references) for name, default in OPTIONAL.items()}
         return _entries(answers), _entries(defaults | truths)
 

@@ -132,7 +132,7 @@ class GresAccumulator(SentenceRows):
         columns |= {"intersection": intersection, "union": union, "predicted": predicted}
         columns |= {"no_target_score": no_target_score, "no_target": no_target}
         unknown = {"num_targets": [-1] * len(no_target)} if "num_targets" not in columns else {}
-        checked = {name: _column(name, values, len(no_target)) for name, values in (columns | unknown).items()}
+        checked = {name: column(name, values, len(no_target)) for name, values in (columns | unknown).items()}
         self._append(len(no_target), checked)
 
     def compute(
@@ -184,24 +184,24 @@ class GresAccumulator(SentenceRows):
         return None if threshold is None else number("threshold", threshold, 0, 1)
 
 
-def _column(name: str, values: Sequence, length: int) -> np.ndarray:
+def column(name: str, values: Sequence, length: int) -> np.ndarray:
     """One column of rows, checked; ValueError names it."""
     if len(values) != length or len(np.shape(values)) != 1:
         raise ValueError(f"{name} has shape {np.shape(values)}, there are {length} sentences")
     if name == "no_target":
         return flags(name, _numpy(values))
     if name == "source":
-        column = np.char.encode(np.array([*map(str, values)], str), "utf-8") if length else np.zeros(0, "S1")
-        if column.dtype.itemsize > ROW[name].itemsize:
-            raise ValueError(f"{name} {max(column, key=len).decode()!r} is longer than {ROW[name].itemsize} bytes")
-        return column
+        names = np.char.encode(np.array([*map(str, values)], str), "utf-8") if length else np.zeros(0, "S1")
+        if names.dtype.itemsize > ROW[name].itemsize:
+            raise ValueError(f"{name} {max(names, key=len).decode()!r} is longer than {ROW[name].itemsize} bytes")
+        return names
     if name == "no_target_score":
-        column = np.asarray(values)
-        if column.dtype.kind not in "biuf" or not ((column >= 0) & (column <= 1)).all():
+        scores = np.asarray(values)
+        if scores.dtype.kind not in "biuf" or not ((scores >= 0) & (scores <= 1)).all():
             raise ValueError(
                 "the predicted no_target is a flag or a probability, 0 to 1: apply softmax to logits first"
             )
-        return column
+        return scores
     if name == "num_words":
         return np.minimum(np.asarray(values), 255)
     return whole_numbers(name, _numpy(values), ROW[name], 0 if name in COUNTS else -1)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from .accumulator import OPTIONAL, GresAccumulator
+from .accumulator import OPTIONAL, GresAccumulator, column
 from .analysis import WORD_BINS
 from .masks import as_rles, encode, foreground
 from .scores import PROTOCOLS, modes_table
@@ -105,7 +105,11 @@ class GresMetric(DirectCompute, evaluate.Metric):
         truths = read_columns(references, "reference", keys, OPTIONAL)
         for columns, side in ((answers, "prediction"), (truths, "reference")):
             columns["mask"] = [_storable(mask) for mask in as_rles(columns["mask"], side)]
-        defaults = {name: [default] * len(references) for name, default in OPTIONAL.items()}
+        length = len(references)
+        answers["no_target"] = column("no_target_score", answers["no_target"], length).tolist()
+        for name in truths.keys() & {"no_target", "sent_id", "image_id", "num_targets"}:
+            truths[name] = column(name, truths[name], length).tolist()
+        defaults = {name: [default] * length for name, default in OPTIONAL.items()}
         return _entries(answers), _entries(defaults | truths)
 
     def check_options(self, options: Mapping[str, object]) -> None:
