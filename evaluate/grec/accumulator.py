@@ -31,7 +31,7 @@ ROW = np.dtype(
         ("matched", "<i4"),
         ("kept", "<i4"),  # predictions at or above the score threshold
         ("num_targets", "<i4"),
-        # with thresh_F1=1 a sentence is correct where the score threshold lies between these two; never: inf, -inf
+        # with thresh_F1=1 a sentence is correct where the score threshold lies between these two; never: both -inf
         ("correct_above", "<f4"),
         ("correct_up_to", "<f4"),
     ]
@@ -141,7 +141,7 @@ class GrecAccumulator(SentenceRows):
             "best_score": best,
             "kept": num_kept,
             "matched": matched,
-            "correct_above": np.where(correct, np.where(num_targets > 0, following, best), infinite),
+            "correct_above": np.where(correct, np.where(num_targets > 0, following, best), -infinite),
             "correct_up_to": np.where(correct, np.where(num_targets > 0, last, infinite), -infinite),
         }
 
