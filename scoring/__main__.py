@@ -53,10 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("score", help="score a file of answers")
     add.add_argument("answers", type=Path, help="JSON lines, one a sentence; see scoring/answers.py")
     _add_data(add)
-    add.add_argument("--compat", help=f"evaluator to follow. GRES: {_names(GRES)}. GREC: {_names(GREC)}")
+    add.add_argument(
+        "--compat", help=f"evaluator to follow. GRES: {', '.join(GRES.protocols)}. GREC: {', '.join(GREC.modes)}"
+    )
     add.add_argument("--resolution", type=_resolution, help='of masks: "original" or the side of a square in pixels')
     add.add_argument("--threshold", type=float, help="no-target probability above which a sentence is rejected")
     add.add_argument("--thresh-score", type=float, default=BOX_THRESHOLD, help="least score of a box")
+    add.add_argument("--batch-size", type=int, help="sentences of a batch, for evaluators that average over batches")
     add.add_argument("--thresh-iou", type=float, default=0.5, help="least overlap of a matched pair of boxes")
     add.add_argument("--thresh-F1", type=float, default=1.0, help="least F1 of a correct sentence")
     add.add_argument("--iou", help="overlap of boxes: giou (as published) or iou")
@@ -76,10 +79,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="built folder or Hub id")
     parser.add_argument("--config", default="grefcoco", help="configuration of the data set")
     parser.add_argument("--split", required=True, help="split that is answered")
-
-
-def _names(metric: object) -> str:
-    return ", ".join(metric.protocols)
 
 
 def _resolution(text: str) -> int | str:
@@ -141,16 +140,17 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--threshold-from and --threshold-split belong together")
     if options.threshold is not None and options.threshold_from:
         raise ValueError("--threshold and --threshold-from exclude each other")
-    if options.compat and options.compat not in {*GRES.protocols, *GREC.protocols}:
-        raise ValueError(f"--compat is {options.compat!r}; GRES has {_names(GRES)}, GREC has {_names(GREC)}")
+    if options.compat and options.compat not in {*GRES.protocols, *GREC.modes}:
+        names = f"GRES has {', '.join(GRES.protocols)}; GREC has {', '.join(GREC.modes)}"
+        raise ValueError(f"--compat is {options.compat!r}; {names}")
 
 
 def _measure(options: argparse.Namespace, path: Path, split: str) -> Measurement:
     """The accumulators of a file of answers; each task follows `--compat` where it knows that evaluator."""
     gres = {"compat": options.compat} if options.compat in GRES.protocols else {}
-    grec = {"compat": options.compat} if options.compat in GREC.protocols else {}
+    grec = {"compat": options.compat} if options.compat in GREC.modes else {}
     grec |= {name: getattr(options, name) for name in ("thresh_score", "thresh_iou", "thresh_F1")}
-    grec |= {"iou": options.iou} if options.iou else {}
+    grec |= {name: getattr(options, name) for name in ("iou", "batch_size") if getattr(options, name) is not None}
     rows = _load(options.dataset, options.config, split, COLUMNS)
     accumulators = {"gres": GRES.accumulator(**gres, resolution=options.resolution), "grec": GREC.accumulator(**grec)}
     measurement = Measurement(rows, **accumulators)

@@ -25,6 +25,21 @@ def test_card_examples_run(name):
 
 
 @pytest.mark.parametrize("name", ["gres", "grec"])
+def test_card_and_help_have_every_mode(name):
+    metric = metric_of(name)
+    table, modes = metric.modes_table(), metric.protocols if name == "gres" else metric.modes
+    assert table in (ROOT / name / "README.md").read_text(), "put the text of metric.modes_table() into the card"
+    assert table.count("\n") == 2 + len(modes)
+    assert all(f"| `{mode}` |" in table and mode in metric.inputs_description for mode in modes)
+
+
+def test_shared_files_are_identical():
+    copies = [folder / "sentence_rows.py" for folder in ROOT.iterdir() if (folder / "app.py").exists()]
+    assert len(copies) >= 2
+    assert len({copy.read_bytes() for copy in copies}) == 1
+
+
+@pytest.mark.parametrize("name", ["gres", "grec"])
 def test_docstring_examples_run(name):
     metric = metric_of(name)
     test = doctest.DocTestParser().get_doctest(metric.inputs_description, {"metric": metric}, name, None, None)

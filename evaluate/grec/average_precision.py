@@ -9,8 +9,8 @@ from io import StringIO
 
 import numpy as np
 
-from .accumulator import checked, join_boxes, join_scores
-from .matching import valid_boxes
+from .boxes import join_boxes, join_scores, refuse_bad_boxes, valid_boxes
+from .sentence_rows import read_columns
 
 BACKENDS = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
 
@@ -22,26 +22,29 @@ def average_precision(
 
     Args:
         predictions: `boxes` (n, 4) x0, y0, x1, y1 in pixels and `scores` (n,) each. A box with nan, infinite or
-            exchanged corners is a false positive, one with a nan score is left out.
+            exchanged corners is a false positive, one with a nan score is dropped.
         references: `boxes` (m, 4) each, none where the sentence refers to nothing: all its predictions are false.
         backend: "pycocotools", or "hotcoco": the same digits, many times faster, to be installed on its own.
     """
     if backend not in BACKENDS:
         raise ValueError(f"ap={backend!r} is none of {', '.join(BACKENDS)}")
-    predictions, references = checked(predictions, references)
-    truths, num_truths = join_boxes([reference["boxes"] for reference in references])
-    boxes, number = join_boxes([prediction["boxes"] for prediction in predictions])
-    scores, _ = join_scores([prediction["scores"] for prediction in predictions])
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    answers = read_columns(predictions, "prediction", ["boxes", "scores"])
+    truths, num_truths = join_boxes(read_columns(references, "reference", ["boxes"])["boxes"], "reference")
+    boxes, number = join_boxes(answers["boxes"], "prediction")
+    scores, num_scores = join_scores(answers["scores"])
+    refuse_bad_boxes(boxes, number, num_scores, truths, num_truths)
     boxes[~valid_boxes(boxes)] = 0
     scored = ~np.isnan(scores)
     if not len(truths) or not scored.any():
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     sentence = np.repeat(np.arange(len(number)), number)
-    found = np.column_stack([sentence, _xywh(boxes), scores, np.ones(len(boxes))])[scored]
-    return _evaluate(_ground_truth(truths, num_truths), found, backend)
+    detections = np.column_stack([sentence, _xywh(boxes), scores, np.ones(len(boxes))])[scored]
+    return _evaluate(_ground_truth(truths, num_truths), detections, backend)
 
 
-def _evaluate(truth: dict, found: np.ndarray, backend: str) -> dict[str, float]:
+def _evaluate(truth: dict, detections: np.ndarray, backend: str) -> dict[str, float]:
     coco, cocoeval = (import_module(module) for module in BACKENDS[backend])
     with redirect_stdout(StringIO()):
         if backend == "hotcoco":
@@ -50,7 +53,7 @@ def _evaluate(truth: dict, found: np.ndarray, backend: str) -> dict[str, float]:
             ground = coco.COCO()
             ground.dataset = truth
             ground.createIndex()
-        run = cocoeval.COCOeval(ground, ground.loadRes(found), "bbox")
+        run = cocoeval.COCOeval(ground, ground.loadRes(detections), "bbox")
         run.evaluate()
         run.accumulate()
     precision = np.asarray(run.eval["precision"])[:, :, 0, 0, -1]  # (IoU thresholds, recalls), all areas, 100 boxes

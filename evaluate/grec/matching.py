@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .boxes import CELLS, valid_boxes
 from .ties import first_of_topk
-
-CELLS = 1 << 18  # prediction-truth pairs held at once
 
 
 def count_matches(
@@ -96,11 +95,6 @@ def _pad(boxes: np.ndarray, first: np.ndarray, number: np.ndarray) -> tuple[np.n
     place = np.arange(number.max())
     there = place < number[:, None]
     return boxes[np.where(there, first[:, None] + place, 0)], there
-
-
-def valid_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Whether boxes (..., 4) are finite with x0 <= x1 and y0 <= y1."""
-    return np.isfinite(boxes).all(axis=-1) & (boxes[..., 2:] >= boxes[..., :2]).all(axis=-1)
 
 
 def _area(sides: np.ndarray) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from .analysis import Threshold, breakdown, choose_threshold, curve, intervals, table
-from .masks import dense_overlaps, resize, rle_overlaps
+from .analysis import breakdown, choose_threshold, curve, intervals, table
+from .masks import as_rles, dense_overlaps, num_pixels, rle_overlaps
 from .scores import PROTOCOLS, headline
+from .sentence_rows import SentenceRows, Threshold, choice, flags, number, read_columns, whole_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +30,16 @@ ROW = np.dtype(
         ("source", "S16"),
     ]
 )
-PREDICTION_KEYS = {"mask", "no_target"}
-REFERENCE_KEYS = {"mask", "no_target"}
-REFERENCE_DEFAULTS = {"sent_id": -1, "image_id": -1, "source": "", "num_targets": -1, "sentence": ""}
+COUNTS = {"intersection", "union", "predicted", "pixels"}
+# what a reference may have besides its mask and no_target, and what stands for a key it lacks
+OPTIONAL = {"sent_id": -1, "image_id": -1, "source": "", "num_targets": -1, "sentence": ""}
 
 
-class GresAccumulator:
+class GresAccumulator(SentenceRows):
     """Counts now, scores later: constant memory per sentence, the same result for any order and number of processes.
 
-    Sentences come as run-length masks (`add`, `add_batch`), as bool arrays or tensors (`add_masks`), or as counts of
-    pixels made elsewhere (`add_counts`). Processes exchange `state()` and `merge` it.
+    Sentences come as masks (`add`, `add_batch`), as bool arrays or tensors (`add_masks`), or as counts of pixels made
+    elsewhere (`add_counts`). Processes exchange `state()` and `merge` it.
 
     Args:
         compat: whose evaluator to follow, a key of `PROTOCOLS`; the default is the published one.
@@ -46,44 +47,43 @@ class GresAccumulator:
             int on a square of that side; by default what `compat` says.
     """
 
+    row: ClassVar[np.dtype] = ROW
+    verb: ClassVar[str] = "counted"
+
     def __init__(self, compat: str = "rela", resolution: int | str | None = None) -> None:
-        if compat not in PROTOCOLS:
-            raise ValueError(f"compat={compat!r} is none of {', '.join(PROTOCOLS)}")
-        if not (resolution in (None, "original") or (isinstance(resolution, int) and resolution > 0)):
-            raise ValueError(f'resolution={resolution!r}: give "original" or the side of a square')
-        self.protocol = PROTOCOLS[compat]
+        super().__init__()
+        self.protocol = PROTOCOLS[choice("compat", compat, PROTOCOLS)]
+        whole = isinstance(resolution, (int, np.integer)) and not isinstance(resolution, bool)
+        if not (resolution in (None, "original") or (whole and 0 < resolution < 1 << 14)):
+            raise ValueError(f'resolution={resolution!r}: give "original" or the side of a square in pixels')
+        self.compat = compat
         self.resolution = self.protocol.resolution if resolution is None else resolution
-        self._buffer = bytearray()
-
-    def __len__(self) -> int:
-        return len(self._buffer) // ROW.itemsize
-
-    def add(self, *, prediction: Mapping, reference: Mapping) -> None:
-        """One sentence; see `add_batch`."""
-        self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
-        """Sentences as `{"mask": RLE, "no_target": ...}` dictionaries, as the metric's `compute` takes them."""
-        predictions, references = checked(predictions, references)
-        masks = [prediction["mask"] for prediction in predictions]
-        truths = [reference["mask"] for reference in references]
-        if self.resolution is not None:
-            original = self.resolution == "original"
-            sizes = [truth["size"] if original else [self.resolution] * 2 for truth in truths]
-            masks, truths = resize(masks, sizes, "prediction"), resize(truths, sizes, "reference")
-        intersection, union, predicted = rle_overlaps(masks, truths)
+        """Add sentences as the metric's `compute` takes them: `{"mask": ..., "no_target": ...}` each.
+
+        A mask is a run-length dictionary (`metric.encode`, pycocotools), or a numpy or torch array (height, width).
+        """
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+        # without a rule that reads it, no_target may be missing
+        answer = ["mask", "no_target"] if self.protocol.none_rule != "mask" else ["mask"]
+        truth = ["mask", "no_target"] if not self.protocol.truth_by_mask else ["mask"]
+        optional = OPTIONAL if "no_target" in truth else {"no_target": False} | OPTIONAL
+        given = read_columns(references, "reference", truth, optional)
+        answers = read_columns(predictions, "prediction", answer)
+        masks, truths = as_rles(answers["mask"], "prediction"), as_rles(given.pop("mask"), "reference")
+        if "sentence" in given:
+            given["num_words"] = [len(sentence.split()) for sentence in given.pop("sentence")]
+        intersection, union, predicted = rle_overlaps(masks, truths, self.resolution, self.protocol.nearest)
         self.add_counts(
             intersection=intersection,
             union=union,
             predicted=predicted,
-            pixels=[truth["size"][0] * truth["size"][1] for truth in truths],
-            no_target_score=[prediction["no_target"] for prediction in predictions],
-            no_target=[reference["no_target"] for reference in references],
-            sent_id=[reference["sent_id"] for reference in references],
-            image_id=[reference["image_id"] for reference in references],
-            source=[reference["source"] for reference in references],
-            num_targets=[reference["num_targets"] for reference in references],
-            num_words=[len(reference["sentence"].split()) for reference in references],
+            pixels=num_pixels(truths, self.resolution),
+            no_target_score=answers.get("no_target", np.zeros(len(truths))),
+            no_target=given.pop("no_target", np.zeros(len(truths), bool)),
+            **given,
         )
 
     def add_masks(
@@ -129,51 +129,11 @@ class GresAccumulator:
             no_target: the truth.
             columns: any of `sent_id, image_id, source, num_targets, num_words, pixels`.
         """
-        rows = np.zeros(len(no_target), ROW)
-        rows["sent_id"] = rows["image_id"] = rows["num_targets"] = -1
         columns |= {"intersection": intersection, "union": union, "predicted": predicted}
         columns |= {"no_target_score": no_target_score, "no_target": no_target}
-        for name, values in columns.items():
-            rows[name] = _column(name, values, len(rows))
-        if not ((rows["no_target_score"] >= 0) & (rows["no_target_score"] <= 1)).all():
-            raise ValueError(
-                "the predicted no_target is a flag or a probability, 0 to 1: apply softmax to logits first"
-            )
-        self._buffer += rows.tobytes()
-
-    def state(self) -> np.ndarray:
-        """All rows as bytes, uint8 (n, 55): a small array to send to other processes."""
-        return np.frombuffer(bytes(self._buffer), np.uint8).reshape(-1, ROW.itemsize)
-
-    def merge(self, state: np.ndarray | torch.Tensor) -> None:
-        """Take in another process's `state()`. Sentences that both hold are counted once, see `rows`."""
-        if len(state.shape) != 2 or state.shape[1] != ROW.itemsize:
-            raise ValueError(f"a state is uint8 (n, {ROW.itemsize}), this one is {tuple(state.shape)}")
-        self._buffer += np.asarray(state, np.uint8).tobytes()
-
-    def rows(self, expected: Iterable[int] | None = None) -> np.ndarray:
-        """The sentences as a structured array (`ROW`), in the order of their ids, repeated ones once.
-
-        A distributed sampler repeats sentences to fill its last batch: equal rows of one id are one sentence.
-
-        Args:
-            expected: the ids that should be there, when gaps and strangers are to be found.
-
-        Raises:
-            ValueError: one id has two different rows, or ids are missing or unexpected.
-        """
-        rows = np.frombuffer(bytes(self._buffer), ROW)
-        rows = rows[np.argsort(rows["sent_id"], kind="stable")]
-        repeated = (rows["sent_id"][1:] == rows["sent_id"][:-1]) & (rows["sent_id"][1:] >= 0)
-        if (clash := repeated & (rows[1:] != rows[:-1])).any():
-            raise ValueError(
-                f"sentence {rows['sent_id'][1:][clash][0]} was counted twice with different results: "
-                "give every sentence to one process, or drop the padding with accelerator.gather_for_metrics"
-            )
-        rows = rows[np.concatenate([[True], ~repeated])] if len(rows) else rows
-        if expected is not None:
-            _refuse_gaps(rows["sent_id"], np.fromiter(expected, np.int64))
-        return rows
+        unknown = {"num_targets": [-1] * len(no_target)} if "num_targets" not in columns else {}
+        checked = {name: column(name, values, len(no_target)) for name, values in (columns | unknown).items()}
+        self._append(len(no_target), checked)
 
     def compute(
         self, *, threshold: float | Threshold | None = None, expected: Iterable[int] | None = None
@@ -184,83 +144,69 @@ class GresAccumulator:
             threshold: a sentence counts as rejected above this no-target probability; by default what `compat` says.
             expected: see `rows`.
         """
-        rows = self.rows(expected)
-        return headline(rows, self.protocol, _value(threshold, rows))
+        rows = self._scored_rows(expected)
+        return headline(rows, self.protocol, self._value(threshold, rows))
 
     def breakdown(self, threshold: float | Threshold | None = None) -> dict[str, dict[str, float]]:
         """See `analysis.breakdown`."""
-        rows = self.rows()
-        return breakdown(rows, self.protocol, _value(threshold, rows))
+        rows = self._scored_rows()
+        return breakdown(rows, self.protocol, self._value(threshold, rows))
 
     def intervals(
         self, threshold: float | Threshold | None = None, **options: float
     ) -> dict[str, tuple[float, float]]:
         """See `analysis.intervals`."""
-        rows = self.rows()
-        return intervals(rows, self.protocol, _value(threshold, rows), **options)
+        rows = self._scored_rows()
+        return intervals(rows, self.protocol, self._value(threshold, rows), **options)
 
     def table(self, threshold: float | Threshold | None = None) -> dict[str, list]:
         """See `analysis.table`."""
-        rows = self.rows()
-        return table(rows, self.protocol, _value(threshold, rows))
+        rows = self._scored_rows()
+        return table(rows, self.protocol, self._value(threshold, rows))
 
     def curve(self) -> dict[str, np.ndarray]:
         """See `analysis.curve`."""
-        return curve(self.rows(), self.protocol)
+        return curve(self._scored_rows(), self.protocol)
 
     def choose_threshold(self, by: str = "gIoU") -> Threshold:
         """See `analysis.choose_threshold`."""
-        return choose_threshold(self.rows(), self.protocol, by)
+        return choose_threshold(self._scored_rows(), self.protocol, by)
+
+    def _scored_rows(self, expected: Iterable[int] | None = None) -> np.ndarray:
+        rows = self.rows(expected)
+        return rows[~rows["no_target"]] if self.protocol.only_targets else rows
+
+    def _value(self, threshold: float | Threshold | None, rows: np.ndarray) -> float | None:
+        if threshold is not None and self.protocol.none_rule not in ("flag", "query"):
+            raise ValueError(f"compat={self.compat!r} rejects without a threshold: leave threshold={threshold!r} out")
+        if isinstance(threshold, Threshold):
+            return threshold.for_rows(rows)
+        return None if threshold is None else number("threshold", threshold, 0, 1)
 
 
-def checked(predictions: Sequence[Mapping], references: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
-    """Both as they should be: predictions with their own keys only, references with every optional one filled in.
-
-    Raises:
-        ValueError: unlike numbers, a key that is missing, or one that no reference has.
-    """
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    for name, keys, entries in (
-        ("prediction", PREDICTION_KEYS, predictions),
-        ("reference", REFERENCE_KEYS, references),
-    ):
-        for index, entry in enumerate(entries):
-            if not keys <= entry.keys():
-                raise ValueError(f"{name} {index} lacks {', '.join(sorted(keys - entry.keys()))}")
-    for index, reference in enumerate(references):
-        if unknown := reference.keys() - REFERENCE_KEYS - REFERENCE_DEFAULTS.keys():
-            known = ", ".join([*sorted(REFERENCE_KEYS), *REFERENCE_DEFAULTS])
-            raise ValueError(f"reference {index} has {', '.join(sorted(unknown))}: its keys can be {known}")
-    kept = [{key: prediction[key] for key in PREDICTION_KEYS} for prediction in predictions]
-    return kept, [{**REFERENCE_DEFAULTS, **reference} for reference in references]
-
-
-def _value(threshold: float | Threshold | None, rows: np.ndarray) -> float | None:
-    return threshold.for_rows(rows) if isinstance(threshold, Threshold) else threshold
+def column(name: str, values: Sequence, length: int) -> np.ndarray:
+    """One column of rows, checked; ValueError names it."""
+    if len(values) != length or len(np.shape(values)) != 1:
+        raise ValueError(f"{name} has shape {np.shape(values)}, there are {length} sentences")
+    if name == "no_target":
+        return flags(name, _numpy(values))
+    if name == "source":
+        names = np.char.encode(np.array([*map(str, values)], str), "utf-8") if length else np.zeros(0, "S1")
+        if names.dtype.itemsize > ROW[name].itemsize:
+            raise ValueError(f"{name} {max(names, key=len).decode()!r} is longer than {ROW[name].itemsize} bytes")
+        return names
+    if name == "no_target_score":
+        scores = np.asarray(values)
+        if scores.dtype.kind not in "biuf" or not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError(
+                "the predicted no_target is a flag or a probability, 0 to 1: apply softmax to logits first"
+            )
+        return scores
+    if name == "num_words":
+        return np.minimum(np.asarray(values), 255)
+    return whole_numbers(name, _numpy(values), ROW[name], 0 if name in COUNTS else -1)
 
 
-def _column(name: str, values: Sequence, length: int) -> np.ndarray:
-    column = np.asarray(values)
-    kind = ROW[name]
-    if column.shape != (length,):
-        raise ValueError(f"{name} has shape {column.shape}, there are {length} sentences")
-    if kind.kind == "S":
-        column = np.char.encode(column.astype(str), "utf-8") if length else column
-        if column.dtype.itemsize > kind.itemsize:
-            raise ValueError(f"{name} {max(column, key=len).decode()!r} is longer than {kind.itemsize} bytes")
-    elif name == "num_words":
-        column = np.minimum(column, 255)
-    elif kind.kind in "iu" and length and (column.astype(kind) != column).any():
-        raise ValueError(f"{name} runs from {column.min()} to {column.max()}, beyond what a row holds ({kind})")
-    return column
-
-
-def _refuse_gaps(found: np.ndarray, expected: np.ndarray) -> None:
-    missing = np.setdiff1d(expected, found)
-    strange = np.setdiff1d(found, expected)
-    if len(missing) or len(strange):
-        raise ValueError(
-            f"of {len(expected)} expected sentences {len(missing)} are missing (first: {missing[:3].tolist()}) and "
-            f"{len(strange)} are not expected (first: {strange[:3].tolist()}): right split, all processes merged?"
-        )
+def _numpy(values: Sequence) -> Sequence:
+    """Tensors as arrays; anything else as it is, for what numpy makes of it can hide a fault."""
+    return np.asarray(values) if hasattr(values, "device") else values

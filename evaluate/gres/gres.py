@@ -16,10 +16,11 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from .accumulator import GresAccumulator, checked
-from .analysis import Threshold, plot_curve
-from .masks import encode, foreground
-from .scores import PROTOCOLS
+from .accumulator import OPTIONAL, GresAccumulator, column
+from .analysis import WORD_BINS
+from .masks import as_rles, encode, foreground
+from .scores import PROTOCOLS, modes_table
+from .sentence_rows import DirectCompute, Threshold, batches, number, plot_curve, read_columns
 
 DESCRIPTION = """
 gIoU, cIoU, T_acc, N_acc and Pr@X of generalised referring expression segmentation (gRefCOCO), equal to the published
@@ -33,16 +34,18 @@ CITATION = """
   year={2023}
 }
 """
-INPUTS = """
+INPUTS = f"""
 Args:
-    predictions: per sentence `mask`, a COCO RLE `{"size": [height, width], "counts": str}` before any rejection (see
-        `metric.encode`), and `no_target`, a flag or the probability (0..1) that the sentence refers to nothing.
+    predictions: per sentence `mask`, a COCO RLE `{{"size": [height, width], "counts": str or bytes}}` or an array
+        (height, width), before any rejection, and `no_target`, a flag or the probability (0..1) that the sentence
+        refers to nothing.
     references: per sentence `mask` and `no_target` (bool); optionally `sent_id` (repeated sentences count once),
         `image_id`, `source` (scores are also given per source when there are several), `num_targets`, `sentence`.
-    compat: whose evaluator: "rela" (as published, default), "gsva", "lisa", "deris" or "propvg".
+    compat: whose evaluator: {", ".join(PROTOCOLS)}; the first is the published one and the default.
     resolution: "original" (the reference's) or the side of a square in pixels; by default what `compat` does.
     threshold: no-target probability above which a sentence is rejected; by default what `compat` does.
-    details: also score groups of sentences (`num_targets=2/gIoU`, ...; see `analysis.breakdown`).
+    details: also score groups of sentences (`num_targets=2/gIoU`, ...): by number of targets, by share of the image,
+        by number of words ({", ".join(name for name, _, _ in WORD_BINS)}).
     bootstrap: number of resamples for 95 % confidence intervals (`gIoU/low`, `gIoU/high`, ...); 0 for none.
 Returns:
     gIoU, cIoU, Pr@0.7, Pr@0.8, Pr@0.9, always_empty/gIoU (0..100), T_acc, N_acc (0..1).
@@ -51,12 +54,13 @@ Examples:
     >>> truth = metric.encode(np.eye(4))
     >>> empty = metric.encode(np.zeros((4, 4)))
     >>> result = metric.compute(
-    ...     predictions=[{"mask": truth, "no_target": False}, {"mask": truth, "no_target": 0.9}],
-    ...     references=[{"mask": truth, "no_target": False}, {"mask": empty, "no_target": True}],
+    ...     predictions=[{{"mask": truth, "no_target": False}}, {{"mask": truth, "no_target": 0.9}}],
+    ...     references=[{{"mask": truth, "no_target": False}}, {{"mask": empty, "no_target": True}}],
     ... )
     >>> result["gIoU"], result["N_acc"], result["always_empty/gIoU"]
     (100.0, 1.0, 50.0)
 """
+OPTIONS = ["compat", "resolution", "threshold", "details", "bootstrap"]
 RLE = {"size": [datasets.Value("int32")], "counts": datasets.Value("string")}
 REFERENCE = {
     "mask": RLE,
@@ -69,11 +73,12 @@ REFERENCE = {
 }
 
 
-class GresMetric(evaluate.Metric):
-    """The metric as `evaluate.load` gives it; `accumulator`, `encode`, `foreground` and `plot_curve` come along."""
+class GresMetric(DirectCompute, evaluate.Metric):
+    """The metric as `evaluate.load` gives it, with `accumulator`, `encode`, `foreground` and `plot_curve`."""
 
     accumulator: ClassVar[type[GresAccumulator]] = GresAccumulator
     protocols = PROTOCOLS
+    modes_table = staticmethod(modes_table)
     encode = staticmethod(encode)
     foreground = staticmethod(foreground)
     plot_curve = staticmethod(plot_curve)
@@ -89,15 +94,30 @@ class GresMetric(evaluate.Metric):
             reference_urls=["https://github.com/henghuiding/ReLA"],
         )
 
-    def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
-        """Buffer sentences; what a reference leaves out is filled in."""
-        predictions, references = checked(predictions, references)
-        super().add_batch(predictions=predictions, references=references)
+    def plain(
+        self, predictions: Sequence[Mapping], references: Sequence[Mapping]
+    ) -> tuple[list[Mapping], list[Mapping]]:
+        """Inputs as Arrow holds them: every key of a reference, and masks with strings of text."""
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+        keys = ["mask", "no_target"]
+        answers = read_columns(predictions, "prediction", keys)
+        truths = read_columns(references, "reference", keys, OPTIONAL)
+        for columns, side in ((answers, "prediction"), (truths, "reference")):
+            columns["mask"] = [_storable(mask) for mask in as_rles(columns["mask"], side)]
+        length = len(references)
+        answers["no_target"] = column("no_target_score", answers["no_target"], length).tolist()
+        for name in truths.keys() & {"no_target", "sent_id", "image_id", "num_targets"}:
+            truths[name] = column(name, truths[name], length).tolist()
+        defaults = {name: [default] * length for name, default in OPTIONAL.items()}
+        return _entries(answers), _entries(defaults | truths)
 
-    def add(self, *, prediction: Mapping, reference: Mapping) -> None:
-        """Buffer one sentence."""
-        (prediction,), (reference,) = checked([prediction], [reference])
-        super().add(prediction=prediction, reference=reference)
+    def check_options(self, options: Mapping[str, object]) -> None:
+        """Raise ValueError for an option of `compute` that does not exist or has no sense."""
+        if unknown := options.keys() - OPTIONS:
+            raise ValueError(f"unknown option {', '.join(sorted(unknown))}: the options are {', '.join(OPTIONS)}")
+        GresAccumulator(options.get("compat", "rela"), options.get("resolution"))
+        number("bootstrap", options.get("bootstrap", 0), 0, 1e9)
 
     def _compute(
         self,
@@ -110,7 +130,8 @@ class GresMetric(evaluate.Metric):
         bootstrap: int = 0,
     ) -> dict[str, float]:
         accumulator = GresAccumulator(compat, resolution)
-        accumulator.add_batch(predictions=predictions, references=references)
+        for answers, truths in batches(predictions, references):
+            accumulator.add_batch(predictions=answers, references=truths)
         result = accumulator.compute(threshold=threshold)
         if details:
             for group, scores in accumulator.breakdown(threshold).items():
@@ -119,3 +140,12 @@ class GresMetric(evaluate.Metric):
             for name, (low, high) in accumulator.intervals(threshold, resamples=bootstrap).items():
                 result |= {f"{name}/low": low, f"{name}/high": high}
         return result
+
+
+def _entries(columns: Mapping[str, Sequence]) -> list[dict]:
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _storable(mask: Mapping) -> dict:
+    counts = mask["counts"]
+    return {"size": list(mask["size"]), "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}

@@ -1,14 +1,16 @@
-"""Masks as COCO run-length strings, and how much two of them overlap, without ever painting one.
+"""Masks as COCO run-length strings, and how much two of them overlap, without painting any.
 
-A COCO string holds the lengths of alternating background and foreground runs, column by column. Whole batches are read
-at once with numpy: every mask of a batch sums to its height x width, so one running sum over the batch puts prediction
-and truth on the same axis, and the overlap is a piecewise linear function read off at the ends of the runs.
+A COCO string holds the lengths of alternating background and foreground runs, column by column. A batch of masks is
+read at once with numpy and laid on one axis, mask after mask. On this axis the foreground runs of predictions and
+truths are intervals; their starts and ends, sorted together, give the pixels that both cover.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 from pycocotools import mask as coco
@@ -16,9 +18,11 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 64  # pairs read at once: their run lengths stay in a processor's cache
+CHUNK = 1 << 16  # characters read at once: their runs stay in a processor's cache and need no fresh memory
+DIGITS = 6  # of a number in a run-length string, 5 bits each: it then fits into 32 bits
+LARGEST_MASK = 1 << 29  # pixels: no run needs more digits
 RUN = 255  # words of eight pixels added up at once: a byte holds as many
-BLOCK = 32  # runs intersected at once, in 64 KiB that are used again: fresh memory costs more than counting
+BLOCK = 32  # runs of words intersected at once, in 64 KiB that are used again: fresh memory costs more than counting
 
 
 class Rle(TypedDict):
@@ -28,6 +32,20 @@ class Rle(TypedDict):
     counts: str | bytes
 
 
+class Runs(NamedTuple):
+    """Foreground runs of n masks that lie one after the other on one axis of pixels.
+
+    Attributes:
+        edges: first pixel of a run and the pixel after its last, alternating, int64 (2 * runs,); ascending.
+        num_runs: runs of each mask, int64 (n,); a run may have no pixels.
+        area: foreground pixels of each mask, int64 (n,).
+    """
+
+    edges: np.ndarray
+    num_runs: np.ndarray
+    area: np.ndarray
+
+
 def encode(mask: np.ndarray | torch.Tensor) -> Rle:
     """One mask (height, width) of bool or 0/1, numpy or torch, as `{"size": [height, width], "counts": str}`."""
     pixels = np.asarray(mask if isinstance(mask, np.ndarray) else mask.numpy(force=True))
@@ -35,6 +53,28 @@ def encode(mask: np.ndarray | torch.Tensor) -> Rle:
         raise ValueError(f"a mask is (height, width), this one is {pixels.shape}: encode a batch one by one")
     rle = coco.encode(np.asfortranarray(pixels != 0, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
+def as_rles(masks: Sequence[Rle | np.ndarray | torch.Tensor], side: str) -> list[Rle]:
+    """Masks as people have them, run lengths or arrays, as run lengths; ValueError names the first that is neither."""
+    return [
+        mask if type(mask) is dict and "size" in mask and "counts" in mask else _as_rle(mask, f"{side} {index}")
+        for index, mask in enumerate(masks)
+    ]
+
+
+def _as_rle(mask: Rle | np.ndarray | torch.Tensor, name: str) -> Rle:
+    if hasattr(mask, "shape"):
+        return encode(mask)
+    if isinstance(mask, (list, tuple)):
+        raise ValueError(
+            f"the mask of {name} is a list: polygons must be painted at the size of the image first, "
+            "pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))"
+        )
+    raise ValueError(
+        f'the mask of {name} is {str(mask)[:40]!r}: give {{"size": [height, width], "counts": str or bytes}}, '
+        "or a numpy or torch array (height, width)"
+    )
 
 
 def foreground(logits: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -48,31 +88,47 @@ def foreground(logits: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     return torch.from_numpy(np.asarray(target.numpy(force=True) > background.numpy(force=True)))
 
 
-def resize(rles: Sequence[Rle], sizes: Sequence[Sequence[int]], side: str) -> list[Rle]:
-    """Each mask brought to its [height, width] by nearest pixel centre; a mask of that size is untouched."""
-    for start in range(0, len(rles), CHUNK):
-        _read_runs(rles[start : start + CHUNK], side, start)  # refuses what would crash or hang the C code
-    return [
-        rle if list(rle["size"]) == list(size) else encode(_sample(coco.decode(_as_bytes(rle)), *size))
-        for rle, size in zip(rles, sizes)
-    ]
-
-
-def rle_overlaps(predictions: Sequence[Rle], truths: Sequence[Rle]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rle_overlaps(
+    predictions: Sequence[Rle],
+    truths: Sequence[Rle],
+    resolution: int | str | None = None,
+    nearest: str = "center",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixel counts of each pair: (intersection, union, predicted area), int64 arrays of length n.
 
-    Raises ValueError for a mask whose string is broken or does not fill its size, and for pairs of unlike sizes.
+    Args:
+        resolution: where a pair is compared: None as given, "original" at the truth's size, int on a square.
+        nearest: the pixel that a resized mask takes, "center" or "corner"; see `_source_pixels`.
+
+    Raises:
+        ValueError: a mask's string is broken or does not fill its size, or a pair has two sizes and no `resolution`.
     """
-    for index, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
-        if list(prediction["size"]) != list(truth["size"]):
-            raise ValueError(
-                f"prediction {index} is {list(prediction['size'])} and its reference {list(truth['size'])} (height, "
-                'width): predict at the reference\'s size, or choose a common one with resolution="original" or 480'
-            )
-    chunks = range(0, len(predictions), CHUNK)
-    counts = [_overlaps(predictions[i : i + CHUNK], truths[i : i + CHUNK], i) for i in chunks]
+    pred_sizes, true_sizes = _sizes(predictions, "prediction"), _sizes(truths, "reference")
+    sizes = true_sizes if resolution in (None, "original") else np.full_like(true_sizes, resolution)
+    if resolution is None and (wrong := (pred_sizes != true_sizes).any(axis=1)).any():
+        index = int(np.argmax(wrong))
+        raise ValueError(
+            f"prediction {index} is {pred_sizes[index].tolist()} and its reference {true_sizes[index].tolist()} "
+            '(height, width): predict at that size, or choose a common one with resolution="original" or 480'
+        )
+    pixels = sizes.prod(axis=1)
+    counts = []
+    largest = np.maximum(pixels, np.maximum(pred_sizes.prod(axis=1), true_sizes.prod(axis=1)))
+    for part in _chunks(predictions, truths, largest):
+        both = []
+        for masks, old, side in ((predictions, pred_sizes, "prediction"), (truths, true_sizes, "reference")):
+            runs = _read_runs(masks[part], old[part], side, part.start)
+            both.append(_resample(runs, old[part], sizes[part], nearest))
+        counts.append([_shared_pixels(*both), both[0].area, both[1].area])
     intersection, predicted, truth = np.concatenate([np.zeros((3, 0), np.int64), *counts], axis=1)
     return intersection, predicted + truth - intersection, predicted
+
+
+def num_pixels(truths: Sequence[Rle], resolution: int | str | None) -> np.ndarray:
+    """Pixels of the size at which each pair is compared, int64 (n,)."""
+    if resolution in (None, "original"):
+        return _sizes(truths, "reference").prod(axis=1)
+    return np.full(len(truths), resolution**2)
 
 
 def dense_overlaps(
@@ -105,19 +161,21 @@ def _count_here(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
     num_pairs, num_words = pred_words.shape
     starts = np.arange(0, num_words, RUN)
     sums = np.zeros((num_pairs, 3, len(starts)), np.uint64)
-    both = np.empty(BLOCK * RUN, np.uint64)
+    shared_words = np.empty(BLOCK * RUN, np.uint64)
     for pred, truth, (overlap, pred_sums, true_sums) in zip(pred_words, true_words, sums):
         np.add.reduceat(pred, starts, out=pred_sums)
         np.add.reduceat(truth, starts, out=true_sums)
+        # only the runs from the first to the last in which both masks have pixels are intersected
         shared = np.logical_and(pred_sums, true_sums).nonzero()[0].tolist()
         first, end = (shared[0], shared[-1] + 1) if shared else (0, 0)
         for run in range(first, end, BLOCK):
             runs = slice(run, min(run + BLOCK, end))
             words = slice(runs.start * RUN, min(runs.stop * RUN, num_words))
-            piece = np.bitwise_and(pred[words], truth[words], out=both[: words.stop - words.start])
+            piece = np.bitwise_and(pred[words], truth[words], out=shared_words[: words.stop - words.start])
             np.add.reduceat(piece, starts[: runs.stop - runs.start], out=overlap[runs])
+    # each byte of a sum counts one of eight pixels: add neighbouring bytes to four numbers of 16 bits, then those
     every_other = np.uint64(0x00FF00FF00FF00FF)
-    sums = (sums & every_other) + (sums >> np.uint64(8) & every_other)  # four numbers of 16 bits each
+    sums = (sums & every_other) + (sums >> np.uint64(8) & every_other)
     return sums.view(np.uint16).sum(axis=2, dtype=np.int64).T
 
 
@@ -129,84 +187,225 @@ def _words(masks: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels).view(np.uint64)
 
 
-def _overlaps(predictions: Sequence[Rle], truths: Sequence[Rle], offset: int) -> np.ndarray:
-    """Intersection, predicted and true area of each pair, int64 (3, n)."""
-    pred_runs, pred_first = _read_runs(predictions, "prediction", offset)
-    true_runs, true_first = _read_runs(truths, "reference", offset)
-    true_ends = np.cumsum(true_runs)
-    true_area = np.repeat(np.cumsum(true_runs[:, 0]), 2)  # grows along a foreground run, rests along the background
-    pred_ends = np.cumsum(pred_runs).reshape(-1, 2)
-    pred_ends[:, 1] = pred_ends[:, 0] - pred_runs[:, 0]
-    covered = np.interp(pred_ends, true_ends, true_area)  # exact: slopes are 0 or 1, values below 2**53
-    both = (covered[:, 0] - covered[:, 1]).astype(np.int64)
-    pairs = (both, pred_first), (pred_runs[:, 0], pred_first), (true_runs[:, 0], true_first)
-    return np.stack([np.add.reduceat(pixels, first) for pixels, first in pairs])
+def _sizes(masks: Sequence[Rle], side: str) -> np.ndarray:
+    """Height and width of each mask, int64 (n, 2); ValueError for what is not two positive whole numbers."""
+    sizes = [mask["size"] for mask in masks]
+    if all(map(_is_pair, sizes)):
+        array = np.array([*chain.from_iterable(sizes)], np.int64).reshape(-1, 2)
+        if array.min(initial=1) > 0 and array.prod(axis=1).max(initial=0) < LARGEST_MASK:
+            return array
+    index = next(index for index, size in enumerate(sizes) if not _is_size(size))
+    raise ValueError(
+        f"the mask of {side} {index} has the size {sizes[index]!r}: a size is [height, width], two positive whole "
+        f"numbers of pixels whose product is below {LARGEST_MASK}"
+    )
 
 
-def _read_runs(rles: Sequence[Rle], side: str, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """All runs of a batch, int64 (rows, 2) of foreground then background pixels, and each mask's first row.
-
-    A mask begins with background: its first row is (0, first run).
-    """
-    strings = [_as_bytes(rle)["counts"] for rle in rles]
-    lengths = np.array([len(string) for string in strings])
-    codes = np.frombuffer(b"".join(strings), np.uint8) - np.uint8(48)  # 5 bits each, lowest first; 32: more follow
-    last = np.cumsum(lengths) - 1
-    _refuse(lengths == 0, rles, side, offset, "is empty")
-    if codes.max() > 63 or codes[last].max() > 31:
-        broken = np.array([max(code) > 63 or code[-1] > 31 for code in np.split(codes, last[:-1] + 1)])
-        _refuse(broken, rles, side, offset, "is no RLE string")
-    ends = np.flatnonzero(codes < 32)
-    last_run = np.searchsorted(ends, last)
-    values = _join_digits(codes, ends)
-    num_runs = np.diff(last_run, prepend=-1)
-    num_rows = num_runs // 2 + 1
-    first_row = np.cumsum(num_rows) - num_rows
-    runs = np.zeros((num_rows.sum(), 2), np.int64)
-    places = np.arange(len(values)) + np.repeat(2 * first_row + num_runs - last_run, num_runs)
-    runs.reshape(-1)[places] = values
-    # from its third row on, a string stores each run less the one a row above
-    total = np.cumsum(runs, axis=0)
-    total -= np.repeat(total[first_row], num_rows, axis=0)
-    total[first_row] = runs[first_row]
-    total[(first_row + num_rows - 1)[num_runs % 2 == 0], 1] = 0  # an even string ends with foreground
-    _refuse(np.minimum.reduceat(total.ravel(), 2 * first_row) < 0, rles, side, offset, "has a run of negative length")
-    pixels = [int(rle["size"][0]) * int(rle["size"][1]) for rle in rles]
-    _refuse(np.add.reduceat(total.ravel(), 2 * first_row) != pixels, rles, side, offset, "does not fill its size")
-    return total, first_row
+def _is_size(size: object) -> bool:
+    return _is_pair(size) and min(size) > 0 and int(size[0]) * int(size[1]) < LARGEST_MASK
 
 
-def _join_digits(codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Signed numbers whose 5-bit digits, lowest first, end at the given codes."""
-    digits = np.diff(ends, prepend=-1)
-    values = ((codes[ends] & 31).astype(np.int64) ^ 16) - 16
-    longer = np.flatnonzero(digits > 1)
-    for place in range(1, digits.max()):
-        values[longer] = values[longer] * 32 + (codes[ends[longer] - place] & 31)
-        longer = longer[digits[longer] > place + 1]
-    return values
+def _is_pair(size: object) -> bool:
+    """Whether this is two whole numbers, of Python or numpy, that 64 bits hold."""
+    if type(size) in (list, tuple) and len(size) == 2:
+        if type(size[0]) is int and type(size[1]) is int:
+            return max(size) < LARGEST_MASK
+        return all(isinstance(side, np.integer) for side in size)
+    return isinstance(size, np.ndarray) and size.shape == (2,) and size.dtype.kind in "iu"
 
 
-def _refuse(bad: np.ndarray, rles: Sequence[Rle], side: str, offset: int, fault: str) -> None:
-    if bad.any():
-        index = int(np.argmax(bad))
-        rle = rles[index]
-        raise ValueError(
-            f"the mask of {side} {offset + index} {fault}: size {list(rle['size'])}, counts {rle['counts'][:40]!r}; "
-            "encode masks with metric.encode or pycocotools.mask.encode"
+def _chunks(predictions: Sequence[Rle], truths: Sequence[Rle], pixels: np.ndarray) -> Iterator[slice]:
+    """Parts of a batch of about `CHUNK` characters and at most 2**31 pixels: a place on the axis then fits 32 bits."""
+    pairs = zip(predictions, truths)
+    characters = np.cumsum([len(one["counts"]) + len(other["counts"]) for one, other in pairs])
+    pixels = np.cumsum(pixels)
+    start, before = 0, np.zeros(2, np.int64)
+    while start < len(pixels):
+        end = min(
+            np.searchsorted(characters, before[0] + CHUNK, "right"),
+            np.searchsorted(pixels, before[1] + (1 << 31), "left"),
         )
+        end = max(int(end), start + 1)
+        yield slice(start, end)
+        start, before = end, np.array([characters[end - 1], pixels[end - 1]])
 
 
-def _as_bytes(rle: Rle) -> Rle:
-    counts = rle["counts"]
+def _shared_pixels(predictions: Runs, truths: Runs) -> np.ndarray:
+    """Pixels that both masks of each pair cover, int64 (n,)."""
+    middle = len(predictions.edges)
+    # one number an edge: its place, and in the lowest bit whether a run ends there
+    keys = np.empty(middle + len(truths.edges), np.uint32)
+    for part, runs in ((slice(0, middle), predictions), (slice(middle, None), truths)):
+        np.left_shift(runs.edges, 1, out=keys[part], casting="unsafe")
+        keys[part][1::2] |= 1
+    keys.sort(kind="stable")  # merges two ascending halves in one pass
+    # how many runs are open after each edge: two where prediction and truth overlap
+    steps = (keys & 1).view(np.int32)
+    steps *= -2
+    steps += 1
+    num_open = np.cumsum(steps, dtype=np.int32)
+    keys >>= 1
+    shared = np.zeros(len(keys), np.uint32)
+    np.subtract(keys[1:], keys[:-1], out=shared[:-1])
+    shared *= num_open == 2
+    # each pair's edges follow those of the pair before; where pairs touch, edges change places that add nothing
+    num_edges = 2 * (predictions.num_runs + truths.num_runs)
+    result = np.zeros(len(num_edges), np.int64)
+    if len(keys):
+        first = np.cumsum(num_edges) - num_edges
+        filled = num_edges > 0
+        result[filled] = np.add.reduceat(shared, first[filled], dtype=np.int64)
+    return result
+
+
+def _read_runs(masks: Sequence[Rle], sizes: np.ndarray, side: str, offset: int) -> Runs:
+    """Read the run-length strings of some masks, each of which follows the one before on the axis of pixels."""
+
+    def refuse(faulty: np.ndarray, fault: str) -> None:
+        if faulty.any():
+            index = int(np.argmax(faulty))
+            raise ValueError(
+                f"the mask of {side} {offset + index} {fault}: size {sizes[index].tolist()}, counts "
+                f"{masks[index]['counts'][:40]!r}; encode masks with metric.encode or pycocotools.mask.encode"
+            )
+
+    strings = [_as_text(mask["counts"]) for mask in masks]
+    refuse(np.array([not string for string in strings]), "is empty")
+    num_counts = _count_numbers(strings, refuse)
+    # rows of (foreground, background): a mask begins with background, so its first row is (0, first count); one that
+    # ends with foreground gets a background of 0
+    padded = ["0" + string if odd else "0" + string + "0" for string, odd in zip(strings, (num_counts % 2).tolist())]
+    counts, long = _join_digits(_codes(padded))
+    if len(long):
+        refuse(
+            np.bincount(np.searchsorted(np.cumsum([*map(len, padded)]), long, "right")) > 0, "has a number too long"
+        )
+    num_rows = num_counts // 2 + 1
+    first = np.cumsum(num_rows) - num_rows
+    last = first + num_rows - 1
+    lengths = _undo_differences(counts, first, num_rows)
+    lengths[1::2][last[num_counts % 2 == 0]] = 0
+    if lengths.min() < 0:
+        refuse(np.minimum.reduceat(lengths, 2 * first) < 0, "has a run of negative length")
+    ends = lengths.astype(np.int64)
+    np.cumsum(ends, out=ends)
+    refuse(np.diff(ends[2 * last + 1], prepend=0) != sizes.prod(axis=1), "does not fill its size")
+    # a run of foreground lies between the end of the background before it and its own end; the first row has none
+    # before it, and a run without pixels ends the last mask instead
+    edges = np.append(ends[1:], ends[-1])
+    return Runs(edges, num_rows, np.add.reduceat(lengths[0::2], first, dtype=np.int64))
+
+
+def _as_text(counts: str | bytes) -> str:
     if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
-    if not isinstance(counts, bytes):
-        raise ValueError(f"RLE counts must be the compressed COCO string, not {type(counts).__name__}: see encode")
-    return {"size": [int(side) for side in rle["size"]], "counts": counts}
+        return counts
+    if isinstance(counts, bytes):
+        return counts.decode("latin-1")
+    raise ValueError(f"RLE counts must be the compressed COCO string, not {type(counts).__name__}: see encode")
 
 
-def _sample(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    rows = ((np.arange(height) + 0.5) * pixels.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * pixels.shape[1] / width).astype(int)
-    return pixels[rows[:, None], columns]
+def _codes(strings: Sequence[str]) -> np.ndarray:
+    """All characters of some strings, uint8, less the 48 that COCO adds to make them printable."""
+    return np.frombuffer("".join(strings).encode("latin-1", "replace"), np.uint8) - np.uint8(48)
+
+
+def _count_numbers(strings: Sequence[str], refuse: Callable[[np.ndarray, str], None]) -> np.ndarray:
+    """How many numbers each string holds, int64 (n,). A character has 5 bits of one, and 32 if more follow."""
+    codes = _codes(strings)
+    lengths = np.fromiter(map(len, strings), np.int64, len(strings))
+    last = np.cumsum(lengths) - 1
+    foreign = not all(map(str.isascii, strings))
+    if foreign or codes.max() > 63 or codes[last].max() > 31:
+        parts = np.split(codes, last[:-1] + 1)
+        broken = [max(part) > 63 or part[-1] > 31 or not text.isascii() for part, text in zip(parts, strings)]
+        refuse(np.array(broken), "is no RLE string")
+    return np.add.reduceat(codes < 32, last - lengths + 1, dtype=np.int64)
+
+
+def _join_digits(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Signed numbers of 5-bit digits, the lowest first, int32; and the places of digits beyond the sixth."""
+    more = codes > 31
+    low = codes & 31
+    # the fifth bit of a number's highest digit is its sign: such a digit is 32 less
+    sign = low & ~(codes >> 1) & 16
+    digits = (low - (sign << 1)).view(np.int8).astype(np.int32)
+    # gather each number in its highest digit: second digits take in the first, then third digits the second, ...
+    place = np.flatnonzero(more) + 1
+    place = place[~more[place - 2]]
+    for level in range(1, DIGITS):
+        digits[place] = (digits[place] << 5 * level) + digits[place - 1]
+        place = place[more[place]] + 1
+    return digits[~more], place
+
+
+def _undo_differences(counts: np.ndarray, first: np.ndarray, num_rows: np.ndarray) -> np.ndarray:
+    """Run lengths, int32, from numbers of which each, from a mask's third row on, is less the one a row above.
+
+    Args:
+        counts: rows of (foreground, background) one after the other, int32 (2 * rows,).
+        first: first row of each mask; num_rows: its number of rows.
+    """
+    # both columns in one number, so that one running sum serves them: foreground is the lower half
+    rows = counts[0::2].astype(np.int64) + (counts[1::2].astype(np.int64) << 32)
+    # the sum runs over all masks: where a mask begins, and where its first row ends, take off what has been summed up
+    own = rows[first]
+    several = num_rows > 1
+    final = np.where(several, np.add.reduceat(rows, first) - own, own)
+    rows[first[1:]] -= final[:-1]
+    rows[first[several] + 1] -= own[several]
+    return np.cumsum(rows).view(np.int32)
+
+
+def _resample(runs: Runs, old: np.ndarray, new: np.ndarray, nearest: str) -> Runs:
+    """Bring masks from their `old` sizes to `new` ones, (n, 2) of [height, width], by the nearest pixel."""
+    if (old == new).all():
+        return runs
+    start, end = runs.edges[0::2], runs.edges[1::2]
+    has_pixels = end > start
+    mask = np.repeat(np.arange(len(old)), runs.num_runs)[has_pixels]
+    before = (np.cumsum(old.prod(axis=1)) - old.prod(axis=1))[mask]
+    start, end, height = start[has_pixels] - before, end[has_pixels] - before, old[mask, 0]
+    # cut each run where a column ends: pieces of one column each
+    left, top = np.divmod(start, height)
+    right, bottom = np.divmod(end - 1, height)
+    num_pieces = right - left + 1
+    run = np.repeat(np.arange(len(mask)), num_pieces)
+    column = left[run] + np.arange(len(run)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    top = np.where(column == left[run], top[run], 0)
+    bottom = np.where(column == right[run], bottom[run] + 1, height[run])
+    mask = mask[run]
+    # the new rows and columns that show them
+    rows, row_offset = _tables(old[:, 0], new[:, 0], nearest)
+    columns, column_offset = _tables(old[:, 1], new[:, 1], nearest)
+    top, bottom = rows[row_offset[mask] + top], rows[row_offset[mask] + bottom]
+    left, right = (columns[column_offset[mask] + column + edge] for edge in (0, 1))
+    copies = np.where(bottom > top, right - left, 0)
+    piece = np.repeat(np.arange(len(copies)), copies)
+    column = left[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(copies) - copies, copies)
+    mask = mask[piece]
+    begin = (np.cumsum(new.prod(axis=1)) - new.prod(axis=1))[mask] + column * new[mask, 0]
+    edges = np.stack([begin + top[piece], begin + bottom[piece]], axis=1)
+    area = np.bincount(mask, edges[:, 1] - edges[:, 0], minlength=len(old))
+    return Runs(edges.ravel(), np.bincount(mask, minlength=len(old)), area.astype(np.int64))
+
+
+def _tables(old: np.ndarray, new: np.ndarray, nearest: str) -> tuple[np.ndarray, np.ndarray]:
+    """`_first_shown` of all pairs of lengths end to end, and where the table of each pair begins, int64 (n,)."""
+    pairs, pair = np.unique(old * LARGEST_MASK + new, return_inverse=True)  # two lengths as one number
+    tables = [_first_shown(*divmod(lengths, LARGEST_MASK), nearest) for lengths in pairs.tolist()]
+    starts = np.cumsum([0, *map(len, tables)])[:-1]
+    return np.concatenate(tables), starts[pair]
+
+
+@lru_cache(1024)
+def _first_shown(old: int, new: int, nearest: str) -> np.ndarray:
+    """How many of `new` pixels show one before each of `old` pixels, int64 (old + 1,).
+
+    "center" takes the pixel under the middle of the new one. "corner" takes the one under its upper left corner, as
+    OpenCV's INTER_NEAREST does, with its rounding.
+    """
+    if nearest == "center":
+        source = ((np.arange(new) + 0.5) * old / new).astype(int)
+    else:
+        source = np.minimum((np.arange(new) * (1 / (new / old))).astype(int), old - 1)
+    return np.searchsorted(source, np.arange(old + 1))
