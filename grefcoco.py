@@ -295,7 +295,7 @@ def _unfold(images: datasets.Dataset) -> datasets.Dataset:
 class _Lookup:
     """Turns the positions in the index of `_unfold` into what they stand for, column by column."""
 
-    def __init__(self, images: datasets.Dataset, objects: pa.StructArray):
+    def __init__(self, images: datasets.Dataset, objects: pa.StructArray) -> None:
         if "image" in images.column_names:
             self.pictures = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self.objects = images.select_columns(["objects"])

@@ -77,7 +77,9 @@ class _Shape:
 class _Conv2d(nn.Conv2d):
     """A convolution that owns its norm and its activation, as detectron2's."""
 
-    def __init__(self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int):
+    def __init__(
+        self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.norm, self.activation = norm, activation
 

@@ -304,7 +304,7 @@ def _read_pickle(path: Path) -> object:
 class ImageFolder:
     """Image files in one folder. `read` returns the bytes as they lie there."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read(self, file_name: str) -> bytes:
@@ -322,7 +322,7 @@ class ImageZip:
     and its forks. Pickled, it opens its own.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.handle = os.open(self.path, os.O_RDONLY)
         try:

@@ -40,7 +40,7 @@ class GRefer:
         FileNotFoundError, ValueError: as `files.read_files`; a ref whose annotation is missing.
     """
 
-    def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc"):
+    def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc") -> None:
         self.root = Path(data_root)
         self.single = dataset != "grefcoco"
         self.built = (self.root / REPORT).is_file()

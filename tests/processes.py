@@ -18,7 +18,7 @@ from pathlib import Path
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["torch", "torch._dynamo", "transformers.pipelines", "transformers.modeling_utils", "transformers.models.auto"]
-    + ["datasets", "evaluate", "accelerate", "matplotlib.pyplot", "pycocotools.mask", "pytest", "yaml", "safetensors.torch"]
+    + ["datasets", "evaluate", "accelerate", "matplotlib.pyplot", "pycocotools.mask", "safetensors.torch", "pytest"]
 )
 
 
@@ -46,7 +46,9 @@ def fork(function: Callable[..., int | None], *arguments: object, **variables: s
     return Forked(function, *arguments, **variables).wait()
 
 
-def start_group(number: int, function: Callable[..., int | None], *arguments: object, **variables: str) -> list[Forked]:
+def start_group(
+    number: int, function: Callable[..., int | None], *arguments: object, **variables: str
+) -> list[Forked]:
     """Start `number` processes that find each other as those that torchrun starts do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

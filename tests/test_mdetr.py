@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import start_processes
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling.loss_mdetr import assign, corners, generalized_iou, match
@@ -200,7 +201,7 @@ def loss_of_half(rank: int, folder: str) -> None:
 def test_mean_loss_of_two_processes_is_that_of_one(batch: dict, tmp_path: Path) -> None:
     assert batch["labels"]["num_targets"].tolist() == [1, 0, 2, 1], "unequal halves"
     torch.save(batch, tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(loss_of_half, (str(tmp_path),), nprocs=2)
+    start_processes(loss_of_half, (str(tmp_path),), nprocs=2, start_method="forkserver")
     halves = torch.stack([torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)])
     torch.testing.assert_close(halves.mean(), tiny_model()(**batch).loss.detach())
 
