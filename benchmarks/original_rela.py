@@ -80,7 +80,9 @@ class _Shape:
 class _Conv2d(nn.Conv2d):
     """detectron2's Conv2d: a convolution with optional norm and activation."""
 
-    def __init__(self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int):
+    def __init__(
+        self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.norm, self.activation = norm, activation
 

@@ -42,7 +42,7 @@ class GRefer:
         FileNotFoundError, ValueError: as `read_files`; a ref whose annotation is missing.
     """
 
-    def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc"):
+    def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc") -> None:
         names = {(collection.dataset, collection.split_by): name for name, collection in COLLECTIONS.items()}
         config = names.get((dataset, splitBy))
         if config is None:

@@ -22,7 +22,7 @@ MAX_IMAGE_BYTES = 64 << 20
 class ImageFolder:
     """Image files in one folder. `read` returns their bytes unchanged."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read(self, file_name: str) -> bytes:
@@ -40,7 +40,7 @@ class ImageZip:
     process and its forks. A pickled copy opens its own handle.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.handle = os.open(self.path, os.O_RDONLY)
         try:

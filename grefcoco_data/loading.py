@@ -236,7 +236,7 @@ def _expression_index(images: datasets.Dataset) -> datasets.Dataset:
 class _Lookup:
     """Replaces the positions in `_expression_index` by their values, column by column."""
 
-    def __init__(self, images: datasets.Dataset, objects: pa.StructArray):
+    def __init__(self, images: datasets.Dataset, objects: pa.StructArray) -> None:
         if "image" in images.column_names:
             self.images = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self.objects = images.select_columns(["objects"])

@@ -87,7 +87,7 @@ class MdetrConfig(PreTrainedConfig):
     auxiliary_loss: bool = True
     """Predict and supervise after every decoder layer."""
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.text_config is None:
             self.text_config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
         elif isinstance(self.text_config, dict):

@@ -130,7 +130,7 @@ class RelaConfig(PreTrainedConfig):
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.text_config is None:
             self.text_config = BertConfig()
         elif isinstance(self.text_config, dict):

@@ -18,16 +18,7 @@ from pathlib import Path
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["torch", "torch._dynamo", "transformers.pipelines", "transformers.modeling_utils", "transformers.models.auto"]
-    + [
-        "datasets",
-        "evaluate",
-        "accelerate",
-        "matplotlib.pyplot",
-        "pycocotools.mask",
-        "pytest",
-        "yaml",
-        "safetensors.torch",
-    ]
+    + ["datasets", "evaluate", "accelerate", "matplotlib.pyplot", "pycocotools.mask", "safetensors.torch", "pytest"]
 )
 
 

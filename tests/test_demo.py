@@ -15,8 +15,8 @@ def make_demo(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     settings = [
         f"DATA={folder / 'data'}",
         f"OUT={folder / 'run'}",
-        "SCENES_FLAGS=--train 60 --val 12 --testA 6 --testB 6",
-        "TRAIN_FLAGS=--max_train_steps 30 --category_warmup_steps 10 --eval_steps 15 --checkpointing_steps 15",
+        "SCENES_FLAGS=--train 40 --val 10 --testA 6 --testB 6",
+        "TRAIN_FLAGS=--max_train_steps 6 --category_warmup_steps 2 --eval_steps 3 --checkpointing_steps 3",
     ]
     return subprocess.run(["make", "demo", *settings, *flags], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
@@ -28,7 +28,7 @@ def test_short_demo_and_a_second_run(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     out = tmp_path / "run"
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) >= {"gres", "grec", "train"} and metrics["train"]["steps"] == 30
+    assert set(metrics) >= {"gres", "grec", "train"} and metrics["train"]["steps"] == 6
     assert 0 <= metrics["gres"]["gIoU"] <= 100
     report = (out / "report.md").read_text()
     assert "always empty" in report and "every object" in report and "predictions.png" in report
@@ -38,7 +38,7 @@ def test_short_demo_and_a_second_run(tmp_path):
             assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 100
     assert (out / "checkpoint" / "model.safetensors").exists()
     built = os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns
-    second = make_demo(tmp_path, "SCENES_FLAGS=--train 60 --val 12 --testA 6 --testB 6")
+    second = make_demo(tmp_path, "SCENES_FLAGS=--train 40 --val 10 --testA 6 --testB 6")
     assert second.returncode == 0, second.stderr[-3000:]
     assert os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns == built, "the data must be reused"
     assert json.loads((out / "metrics.json").read_text())["gres"] == metrics["gres"], "scores must be deterministic"

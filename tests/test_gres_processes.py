@@ -1,62 +1,54 @@
 """The metrics in several processes and inside a Trainer: the same scores as in one loop."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = """
-import sys
-import evaluate
-import numpy as np
-import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from tests.processes import start_group
 
-folder, cache = sys.argv[1:]
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-metric = evaluate.load(folder, num_process=2, process_id=accelerator.process_index, cache_dir=cache)
-rng = np.random.default_rng(0)
-masks = rng.random((2, 9, 6, 6)) < 0.5
-empty = np.zeros((6, 6))
-mine = [i % 9 for i in range(accelerator.process_index, 10, 2)]         # ten for nine: the last is padding
-answers = [{"mask": metric.encode(masks[0, i]), "no_target": i % 2} for i in mine]
-truths = [
-    {"mask": metric.encode(empty if i % 3 == 0 else masks[1, i]), "no_target": i % 3 == 0, "sent_id": i} for i in mine
-]
-metric.add_batch(predictions=answers, references=truths)
-through_evaluate = metric.compute()
-accumulator, merged = metric.accumulator(), metric.accumulator()
-accumulator.add_batch(predictions=answers, references=truths)
-for state in gather_object([accumulator.state()]):
-    merged.merge(state)
-scores = merged.compute(expected=range(9))
-if accelerator.is_main_process:
-    assert through_evaluate == scores, (through_evaluate, scores)
-    print(scores)
-dist.destroy_process_group()
-"""
+GRES = str(Path(__file__).resolve().parents[1] / "evaluate" / "gres")
+
+
+def score_half(cache: Path) -> None:
+    """Score every second sentence in this process of two; process 0 prints what both have together."""
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    metric = evaluate.load(GRES, num_process=2, process_id=accelerator.process_index, cache_dir=str(cache))
+    rng = np.random.default_rng(0)
+    masks = rng.random((2, 9, 6, 6)) < 0.5
+    empty = np.zeros((6, 6))
+    mine = [i % 9 for i in range(accelerator.process_index, 10, 2)]  # ten for nine: the last is padding
+    answers = [{"mask": metric.encode(masks[0, i]), "no_target": i % 2} for i in mine]
+    truths = [
+        {"mask": metric.encode(empty if i % 3 == 0 else masks[1, i]), "no_target": i % 3 == 0, "sent_id": i}
+        for i in mine
+    ]
+    metric.add_batch(predictions=answers, references=truths)
+    through_evaluate = metric.compute()
+    accumulator, merged = metric.accumulator(), metric.accumulator()
+    accumulator.add_batch(predictions=answers, references=truths)
+    for state in gather_object([accumulator.state()]):
+        merged.merge(state)
+    scores = merged.compute(expected=range(9))
+    if accelerator.is_main_process:
+        assert through_evaluate == scores, (through_evaluate, scores)
+        print(scores)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "worker.py"), str(ROOT / "evaluate/gres"), str(tmp_path / "cache")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    metric = evaluate.load(str(ROOT / "evaluate/gres"), keep_in_memory=True)
+    done, other = [process.wait() for process in start_group(2, score_half, tmp_path / "cache")]
+    assert done.returncode == other.returncode == 0, done.stderr + other.stderr
+    metric = evaluate.load(GRES, keep_in_memory=True)
     masks = np.random.default_rng(0).random((2, 9, 6, 6)) < 0.5
     no_target = np.arange(9) % 3 == 0
     masks[1, no_target] = False
@@ -80,7 +72,7 @@ class Thresholding(torch.nn.Module):
 
 @pytest.mark.slow
 def test_trainer_scores_as_one_loop(tmp_path):
-    metric = evaluate.load(str(ROOT / "evaluate/gres"), keep_in_memory=True)
+    metric = evaluate.load(GRES, keep_in_memory=True)
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(
         rng.random((11, 8, 8), np.float32) * np.linspace(0.4, 1, 11, dtype=np.float32)[:, None, None]

@@ -1,8 +1,6 @@
 """The instance branch: what must hold whatever the weights, and that it learns boxes."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from modeling.loss_instances_rela import centre_map, instance_loss, match
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator, decode_mask
 from modeling.region_decoder_rela import RegionOutput
+from tests.fresh_process import outputs_elsewhere
 from tests.tiny_rela import BETTER_LOSS, INSTANCES, RESNET, SWIN, expression_rows, tiny_config, tiny_processor
 
 BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
@@ -337,27 +336,12 @@ def test_saved_and_loaded_outputs_are_equal(inputs: dict, tmp_path: Path) -> Non
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
-SCRIPT = """
-import sys, torch
-from transformers import AutoModel, AutoProcessor
-folder, inputs, outputs = sys.argv[1:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    found = model(**torch.load(inputs))
-answers = AutoProcessor.from_pretrained(folder, trust_remote_code=True).post_process_referring_detection(found)
-torch.save({**found, "boxes": answers[0]["boxes"]}, outputs)
-"""
-
-
 @pytest.mark.slow
 def test_remote_code_gives_identical_instances_elsewhere(inputs: dict, tmp_path: Path) -> None:
     model, folder = tiny_model().eval(), tmp_path / "saved"
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=tmp_path, check=True)
-    found = torch.load(tmp_path / "outputs.pt")
+    found = outputs_elsewhere(folder, inputs, tmp_path)
     with torch.no_grad():
         expected = model(**inputs)
     for name, value in expected.items():

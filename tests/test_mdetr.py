@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import start_processes
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling.boxes import assign, cxcywh_to_xyxy, generalized_iou
@@ -223,7 +224,7 @@ def loss_of_half(rank: int, folder: str) -> None:
 def test_mean_loss_of_two_processes_is_that_of_one(batch: dict, tmp_path: Path) -> None:
     assert batch["labels"]["num_boxes"].tolist() == [1, 0, 2, 1], "unequal halves"
     torch.save(batch, tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(loss_of_half, (str(tmp_path),), nprocs=2)
+    start_processes(loss_of_half, (str(tmp_path),), nprocs=2, start_method="forkserver")
     halves = torch.stack([torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)])
     torch.testing.assert_close(halves.mean(), tiny_model()(**batch).loss.detach())
 

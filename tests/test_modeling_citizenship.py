@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from modeling.configuration_rela import RelaConfig
@@ -170,7 +171,8 @@ def sharded_step(rank: int, meeting: str, batch: dict, losses: dict) -> None:
 def test_shards_over_two_processes(batch: dict, tmp_path: Path) -> None:
     with torch.multiprocessing.Manager() as manager:
         losses = manager.dict()
-        torch.multiprocessing.spawn(sharded_step, (str(tmp_path / "meeting"), batch, losses), nprocs=2)
+        arguments = (str(tmp_path / "meeting"), batch, losses)
+        start_processes(sharded_step, arguments, nprocs=2, start_method="forkserver")
         assert len(losses) == 4
         for (_, language_gate), loss in losses.items():
             expected = tiny_model(**{**SWIN, "language_gate": language_gate})(**batch).loss.item()
