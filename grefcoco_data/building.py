@@ -167,6 +167,8 @@ def write_card(folder: Path, config: str, report: dict) -> None:
     card.data.pretty_name = collection.title
     card.data.license = collection.licence or "unknown"
     card.data.tags = list(collection.tags)
+    card.data.source_datasets = [collection.source_dataset]
+    card.data.annotations_creators = [collection.annotators]
     infos = datasets.splits.SplitDict()
     for split, counts in splits.items():
         infos.add(datasets.SplitInfo(split, num_bytes=counts["bytes"], num_examples=counts["images"]))
@@ -195,8 +197,10 @@ def _card_facts(collection: Collection) -> dict[str, str]:
     """The fields of the card that do not depend on the build."""
     licence = f"The annotations are under {collection.licence_name}."
     if collection.licence is None:
-        licence = "No licence of the annotations is known here; ask their authors before you share a copy."
-    official = "The official counts of this data set are not known here."
+        licence = (
+            "The licence of the annotations is not known to this project; ask their authors before you share a copy."
+        )
+    official = "The official counts of this data set are not known to this project."
     if collection.counts:
         head = "| split | images | refs | expressions | none | single | multi | most targets |\n" + "|---" * 8 + "|"
         official = f"The official release, for comparison:\n\n{head}\n{_table_rows(collection.counts)}"

@@ -47,6 +47,8 @@ class Collection:
         licence_name: the same for readers of the card.
         image_terms: terms of the images.
         image_folder: usual name of the folder of images.
+        source_dataset: the data set that was extended, in the words of the Hub.
+        annotators: who wrote the annotations, in the words of the Hub.
         tags: tags of the card.
         notes: Markdown list for the card, of what its users should know.
         single_target: whether each ref has exactly one target, written as a number and not as a list.
@@ -64,6 +66,8 @@ class Collection:
     licence_name: str = ""
     image_terms: str = COCO_TERMS
     image_folder: str = "train2014"
+    source_dataset: str = "extended|other-coco"
+    annotators: str = "crowdsourced"
     tags: tuple[str, ...] = ("referring-expression-segmentation", "referring-expression-comprehension")
     notes: str = ""
     single_target: bool = True
@@ -90,6 +94,12 @@ def _full_counts(*numbers: int) -> dict[str, int]:
     return dict(zip(COUNTED, numbers, strict=True))
 
 
+def _single_counts(expressions: int, **counts: int) -> dict[str, int]:
+    """Counts of a split whose sentences all have one target."""
+    kinds = {"no_target": 0, "single": expressions, "multi": 0, "max_targets": 1}
+    return {"expressions": expressions, **kinds, **counts}
+
+
 _GREFCOCO = Collection(
     dataset="grefcoco",
     split_by="unc",
@@ -97,9 +107,10 @@ _GREFCOCO = Collection(
     description="Sentences that refer to one object in an image, to several, or to none. A model has to segment "
     "(GRES) or box (GREC) everything that the sentence means, or to answer that nothing in the image fits. The images "
     "come from COCO train2014.",
-    homepage="https://henghuiding.github.io/GRES/",
+    homepage="https://huggingface.co/datasets/FudanCVL/gRefCOCO",
     licence="cc-by-nc-sa-4.0",
     licence_name="CC BY-NC-SA 4.0",
+    annotators="expert-generated",
     tags=(
         "referring-expression-segmentation",
         "referring-expression-comprehension",
@@ -186,11 +197,11 @@ _ALL = (
         homepage=_REFER,
         citation=_REFCOCO_CITATION,
         notes=_IMAGES_SPLIT,
-        counts={  # TensorFlow Datasets' catalogue (images, refs), FlagEval (expressions); every ref has one target
-            "train": {"images": 16_994, "refs": 42_404, "expressions": 120_624, "no_target": 0, "multi": 0},
-            "val": {"images": 1_500, "refs": 3_811, "expressions": 10_834, "no_target": 0, "multi": 0},
-            "testA": {"expressions": 5_657, "no_target": 0, "multi": 0},
-            "testB": {"expressions": 5_095, "no_target": 0, "multi": 0},
+        counts={  # from the catalogue of TensorFlow Datasets (images, refs) and from FlagEval (expressions)
+            "train": _single_counts(120_624, images=16_994, refs=42_404),
+            "val": _single_counts(10_834, images=1_500, refs=3_811),
+            "testA": _single_counts(5_657),
+            "testB": _single_counts(5_095),
         },
     ),
     Collection(
@@ -239,6 +250,7 @@ _ALL = (
             citation=_REFERIT_CITATION,
             image_terms="The images are those of SAIAPR TC-12 (ImageCLEF); its terms of use apply.",
             image_folder="saiapr_tc-12",
+            source_dataset="extended|other",
         )
         for split_by, author in (("unc", "UNC"), ("berkeley", "Berkeley"))
     ),

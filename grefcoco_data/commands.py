@@ -215,7 +215,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    for path, content in export(_refer(options), Path(options.out), options.format).items():
+    for path, content in export(_refer(options), Path(options.out), options.format):
         print(f"{path}: {len(content['images']):,} images, {len(content['annotations']):,} annotations")
     return 0
 

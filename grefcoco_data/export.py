@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +15,17 @@ from grefcoco_data.grefer import GRefer
 EXPORT_ORDER = ("testA", "testB", "testC", "testAB", "testBC", "test", "val", "train")
 
 
-def export(refer: GRefer, out: Path, format: Literal["mdetr", "coco"] = "mdetr") -> dict[Path, dict]:
-    """Write one file per split into `out`; returns their contents by path."""
+def export(refer: GRefer, out: Path, format: Literal["mdetr", "coco"] = "mdetr") -> Iterator[tuple[Path, dict]]:
+    """Write one file per split into `out`; yields path and content of each after it was written."""
     out.mkdir(parents=True, exist_ok=True)
     stem = f"finetune_{refer.data['dataset']}" if format == "mdetr" else "instances"
-    contents = {}
     for split, content in (mdetr_format if format == "mdetr" else coco_format)(refer):
-        contents[out / f"{stem}_{split}.json"] = content
-        write_text(out / f"{stem}_{split}.json", json.dumps(content))
-    return contents
+        path = out / f"{stem}_{split}.json"
+        write_text(path, json.dumps(content))
+        yield path, content
 
 
-def mdetr_format(refer: GRefer) -> Iterable[tuple[str, dict]]:
+def mdetr_format(refer: GRefer) -> Iterator[tuple[str, dict]]:
     """Each split as MDETR's converter for gRefCOCO writes it: an "image" per sentence, an annotation per target.
 
     Boxes are xywh in pixels. `tokens_positive` is the span of the whole sentence, as in the converter without a
@@ -59,7 +58,7 @@ def _mdetr_annotation(ann: dict | None) -> dict:
     return fields | {"original_id": ann["id"], "empty": False}
 
 
-def coco_format(refer: GRefer) -> Iterable[tuple[str, dict]]:
+def coco_format(refer: GRefer) -> Iterator[tuple[str, dict]]:
     """Each split as COCO instances, which pycocotools' COCO class loads, with a list `expressions` added."""
     for split in _splits(refer):
         expressions = [

@@ -321,6 +321,8 @@ def test_category_ids_are_those_of_all_objects(built, splits):
     expected = {item["category_id"] for split in splits for objects in stored[split]["objects"] for item in objects}
     ids = grefcoco.category_ids(built, splits)
     assert ids == sorted(expected) and all(type(number) is int for number in ids)
+    with pytest.raises(ValueError, match="no split 'test'; choose one of train, val"):
+        grefcoco.category_ids(built, [*splits, "test"])
 
 
 KILLED_BUILD = """

@@ -37,6 +37,7 @@ def build(tmp_path: Path, config: str) -> DatasetCard:
 def test_every_collection_builds_with_its_own_card(tmp_path, config):
     collection, card = COLLECTIONS[config], build(tmp_path, config)
     assert card.data.pretty_name == collection.title and card.data.license == (collection.licence or "unknown")
+    assert card.data.source_datasets == [collection.source_dataset]
     for fact in (f"# {collection.title}, configuration `{config}`", collection.homepage, collection.citation):
         assert fact in card.text
     assert collection.description in card.text and collection.image_terms in card.text
@@ -51,8 +52,9 @@ def test_the_card_of_refcoco_is_not_that_of_grefcoco(tmp_path):
     assert not [word for word in FOREIGN_TO_REFCOCO if word in text] and "grefcoco" not in text
     assert "# RefCOCO, configuration `refcoco_unc`" in text
     assert "@inproceedings{RefCOCO," in text and "@inproceedings{ReferItGame," in text
-    assert "No licence of the annotations is known here" in text and "license: unknown" in text
-    assert "| val | 1,500 | 3,811 | 10,834 | 0 | – | 0 | – |" in text
+    assert "The licence of the annotations is not known to this project" in text and "license: unknown" in text
+    assert "| val | 1,500 | 3,811 | 10,834 | 0 | 10,834 | 0 | 1 |" in text
+    assert "| testA | – | – | 5,657 | 0 | 5,657 | 0 | 1 |" in text
 
 
 def test_the_card_of_grefcoco_keeps_its_facts(tmp_path):
@@ -95,6 +97,8 @@ def test_official_counts_are_complete_or_of_known_names():
     assert COLLECTIONS["refcoco_unc"].differences("val", dict.fromkeys(COUNTED, 0) | {"images": 1_500}) == {
         "refs": 3_811,
         "expressions": 10_834,
+        "single": 10_834,
+        "max_targets": 1,
     }
     assert COLLECTIONS["refcoco+_unc"].differences("val", dict.fromkeys(COUNTED, 0)) is None
 
@@ -103,7 +107,7 @@ def test_check_compares_what_is_known(tmp_path, capsys):
     source = write_family(tmp_path / "set", COLLECTIONS["refcoco_unc"])
     assert main(["check", str(source), "--config", "refcoco_unc"]) == 0
     printed = capsys.readouterr().out
-    assert "refs 3,811, expressions 10,834" in printed and printed.count("no official hash") == 2
+    assert "refs 3,811" in printed and "expressions 10,834" in printed and printed.count("no official hash") == 2
 
 
 def test_the_rows_of_a_family_have_one_target(tmp_path):

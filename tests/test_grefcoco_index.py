@@ -28,7 +28,7 @@ def original() -> grefcoco.GRefer:
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory, original) -> grefcoco.GRefer:
-    """The same index from a built folder; the pictures are made up."""
+    """The same index from a built folder, with black images."""
     folder = tmp_path_factory.mktemp("rebuilt")
     (folder / "images").mkdir()
     for image in original.loadImgs(original.getImgIds()):
@@ -48,7 +48,7 @@ def tiny(tmp_path) -> Path:
 
 
 def crc(mask: np.ndarray) -> int:
-    """Of the compressed RLE, as the goldens keep it."""
+    """CRC-32 of the compressed RLE, as in the goldens."""
     return zlib.crc32(coco_mask.encode(np.asfortranarray(mask))["counts"])
 
 

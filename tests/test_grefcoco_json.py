@@ -34,7 +34,7 @@ def batch(request, monkeypatch) -> int:
 
 
 def reads(folder: Path, text: bytes) -> tuple[object, object]:
-    """What both ways of reading give: arrays made lists again, None for a refusal."""
+    """The results with arrays (converted to lists) and with lists; None for an error."""
     path = folder / "instances.json"
     path.write_bytes(text)
     contents = []
@@ -113,7 +113,7 @@ def test_unusual_files_give_the_content_of_json(tmp_path, name):
 
 
 def test_flipped_bytes_give_the_content_of_json_or_an_error(tmp_path):
-    """Whatever a flipped byte does, the result is what `json` gives, or both refuse (but for `01` and `1.`)."""
+    """After a flipped byte the result is that of `json`, or both raise (except for `01` and `1.`)."""
     made = random.Random(0)
     text = (write_genuine(tmp_path / "set") / "instances.json").read_bytes()
     text = text[: text.index(b"}, {", 6_000)] + b"}]" + text[text.index(b', "categories"') :]

@@ -22,6 +22,7 @@ for row in rows:
 """
 SENTENCES = """
 import grefcoco
+print(grefcoco.category_ids("me/grefcoco", ["testA", "val"]))
 for row in grefcoco.load("me/grefcoco", split="testA"):
     print(row["sent_id"], row["sentence"], row["image"].size, row["mask"]["counts"], sep="|")
 """
@@ -71,7 +72,8 @@ def test_pushed_set_loads_by_its_id(hub: Hub, genuine: Path, tmp_path: Path) -> 
     by_id = hub.python(tmp_path / "user", "-c", SENTENCES, token=None, PYTHONPATH=str(ROOT))
     local = SENTENCES.replace("me/grefcoco", str(tmp_path / "out"))
     known = hub.python(tmp_path / "user", "-c", local, token=None, PYTHONPATH=str(ROOT))
-    assert by_id.returncode == 0 and len(by_id.stdout.splitlines()) == len(expected), by_id.stderr
+    assert by_id.returncode == 0 and len(by_id.stdout.splitlines()) == 1 + len(expected), by_id.stderr
+    assert by_id.stdout.startswith("[1, 3]\n")
     assert by_id.stdout == known.stdout
 
 

@@ -46,7 +46,16 @@ def test_metadata_and_extras(wheel):
     assert "grefcoco = grefcoco_data.commands:main" in entry_points
     assert set(metadata.get_all("Provides-Extra")) == {"plot", "model", "train", "demo", "test", "all"}
     core = [line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(core) == ["datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "pycocotools", "tqdm"]
+    assert sorted(core) == [
+        "datasets",
+        "fsspec",
+        "huggingface_hub",
+        "numpy",
+        "pillow",
+        "pyarrow",
+        "pycocotools",
+        "tqdm",
+    ]
 
 
 def test_house_rules():
