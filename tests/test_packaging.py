@@ -1,5 +1,6 @@
 """The wheel holds the data set and the model, nothing else, and its metadata comes from setup.cfg."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -64,3 +65,54 @@ def test_house_rules():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tops = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
     assert len({path.name for path in visible} & tops) <= 18
+
+
+LOWER = {  # what the modules of each room may import of this repository, besides their own room
+    "grefcoco_data": set(),
+    "modeling": set(),
+    "evaluate": set(),
+    "grefcoco.py": {"grefcoco_data"},
+    "training": {"grefcoco", "grefcoco_data", "modeling"},
+    "scoring": {"grefcoco", "grefcoco_data", "modeling", "training"},
+    "train.py": {"grefcoco", "grefcoco_data", "modeling", "training", "scoring"},
+    "demo": {"grefcoco_data"},
+}
+ROOMS = {"grefcoco", "grefcoco_data", "modeling", "training", "scoring", "train", "demo", "benchmarks", "tests"}
+
+
+@pytest.mark.parametrize("room", LOWER)
+def test_imports_run_one_way(room):
+    """Data lies below everything; models and metrics do not know each other; nothing imports a program."""
+    place = ROOT / room
+    for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        foreign = {name.split(".")[0] for name in names} & ROOMS - LOWER[room] - {room}
+        assert not foreign, f"{path.relative_to(ROOT)} imports {', '.join(sorted(foreign))}"
+
+
+def test_no_circle_inside_a_room():
+    for room in ("grefcoco_data", "modeling", "training", "scoring", "evaluate/gres", "evaluate/grec"):
+        files = {path.stem: path for path in (ROOT / room).glob("*.py")}
+        imports = {
+            name: _imports_of(path, room.rpartition("/")[2]) & set(files) - {name} for name, path in files.items()
+        }
+        while leaves := [name for name, targets in imports.items() if not targets & set(imports)]:
+            for name in leaves:
+                del imports[name]
+        assert not imports, f"{room} has a circle of imports through {', '.join(imports)}"
+
+
+def _imports_of(path: Path, room: str) -> set[str]:
+    """Names of the modules of the same room that a file imports at run time."""
+    tree, names = ast.parse(path.read_text()), set()
+    skipped = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    inside = {id(child) for node in skipped for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in inside:
+            if node.level == 1 or node.module == room:
+                names |= {node.module} if node.level and node.module else {alias.name for alias in node.names}
+            elif (node.module or "").startswith(f"{room}."):
+                names.add(node.module.split(".")[1])
+    return names
