@@ -157,7 +157,7 @@ def browser() -> Iterator[object]:
         pytest.skip("there is no chromium on this machine")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
+        yield browser.new_context()  # one for all tests: the page's scripts are compiled once
         browser.close()
 
 
