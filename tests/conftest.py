@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+from tests.sizes import LARGE
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 CACHE = tempfile.mkdtemp(prefix="grefcoco-tests-")
 os.environ["HF_HOME"] = CACHE  # test processes that run at the same time must not write remote code to one folder
+settings.register_profile("suite", deadline=None, derandomize=not LARGE)  # the same examples in every run
+settings.load_profile("suite")
 
 
 def pytest_unconfigure() -> None:

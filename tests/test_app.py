@@ -24,12 +24,17 @@ from modeling.processing_rela import RelaCollator
 from tests.hub_server import Hub
 from tests.tiny_rela import BETTER_LOSS, expression_rows, tiny_config, tiny_processor
 
-gr = pytest.importorskip("gradio")
-from demo import app  # noqa: E402 (the import needs gradio)
-
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
 SCENE = expression_rows()[0]["image"]  # a red square at x 4..24, y 8..28; a blue one at x 36..56, y 30..50
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page_modules() -> None:
+    """Import the page with the first of its tests: it takes seconds, and the other test process can do without."""
+    global app, gr
+    gr = pytest.importorskip("gradio")
+    from demo import app
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +165,7 @@ def browser() -> Iterator[object]:
         pytest.skip("chromium is not installed")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
+        yield browser.new_context()  # one for all tests: the page's scripts are compiled once
         browser.close()
 
 

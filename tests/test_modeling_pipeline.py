@@ -80,10 +80,10 @@ def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
     rows = expression_rows()
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=60,
+        max_steps=30,
         per_device_train_batch_size=4,
         learning_rate=2e-3,
-        logging_steps=20,
+        logging_steps=10,
         report_to=[],
         use_cpu=True,
         remove_unused_columns=False,

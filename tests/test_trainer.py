@@ -105,7 +105,7 @@ def test_trainer_learns_a_batch(tmp_path):
     model = RelaModel(tiny_config(mask_loss="bce_dice", loss_scale=1.0))
     rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
     metrics = TrainerMetrics(tiny_processor(), GRES)
-    trainer = trainer_of(model, tmp_path, rows, metrics, max_steps=60, learning_rate=3e-3)
+    trainer = trainer_of(model, tmp_path, rows, metrics, max_steps=40, learning_rate=3e-3)
     before = trainer.evaluate()["eval_gIoU"]
     trainer.train()
     assert trainer.evaluate()["eval_gIoU"] > before + 20
