@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 16  # characters read at once: their runs stay in a processor's cache and need no fresh memory
+CHUNK = 3 << 15  # characters read at once: their runs stay in a processor's cache and need no fresh memory
 DIGITS = 6  # of a number in a run-length string, 5 bits each: it then fits into 32 bits
 LARGEST_MASK = 1 << 29  # pixels: no run needs more digits
 RUN = 255  # words of eight pixels added up at once: a byte holds as many
