@@ -194,7 +194,9 @@ def _sizes(masks: Sequence[Rle], side: str) -> np.ndarray:
         if not sizes or {*map(len, sizes)} == {2}:
             flat = np.array([*chain.from_iterable(sizes)])
             array = flat.astype(np.int64).reshape(-1, 2)
-            small = array.min(initial=1) > 0 and array.prod(axis=1).max(initial=0) < LARGEST_MASK
+            # the sides first, for the product of two large ones overflows
+            small = 0 < array.min(initial=1) <= array.max(initial=1) < LARGEST_MASK
+            small = small and array.prod(axis=1).max(initial=0) < LARGEST_MASK
             if small and (flat.dtype.kind in "iu" or not sizes):
                 return array
     except (TypeError, ValueError, OverflowError):
