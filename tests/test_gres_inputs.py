@@ -66,6 +66,9 @@ def test_lisa_reads_no_flags():
         assert without == with_flags
     with pytest.raises(ValueError, match="prediction 0 lacks no_target"):
         GRES.compute(predictions=[{"mask": TRUTH}], references=[{"mask": TRUTH}], compat="gsva")
+    # X-SAM drops sentences by the flag of the reference
+    with pytest.raises(ValueError, match="reference 0 lacks no_target"):
+        GRES.compute(predictions=[{"mask": TRUTH}], references=[{"mask": TRUTH}], compat="xsam")
 
 
 POLYGONS = [[1.0, 1.0, 3.0, 1.0, 3.0, 3.0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 
@@ -15,35 +16,43 @@ def join_boxes(parts: Sequence[Sequence], kind: str) -> tuple[np.ndarray, np.nda
     """Boxes of many sentences end to end, float32 (n, 4), and the number of each; `kind` is for messages."""
     arrays = []
     for index, part in enumerate(parts):
-        # numpy reads one list of numbers faster than many short ones
         if type(part) is list and part and {*map(type, part)} == {list} and {*map(len, part)} == {4}:
-            array = _numbers([*chain.from_iterable(part)], f"the boxes of {kind} {index}").reshape(-1, 4)
+            boxes = _numbers([*chain.from_iterable(part)], f"boxes of {kind}", index).reshape(-1, 4)
         else:
-            array = _numbers(part, f"the boxes of {kind} {index}")
-        if array.size and array.shape[1:] != (4,):
-            raise ValueError(f"the boxes of {kind} sentence {index} have shape {array.shape}, they should be (n, 4)")
-        arrays.append(array.reshape(-1, 4))
+            boxes = _numbers(part, f"boxes of {kind}", index)
+        if boxes.shape[1:] != (4,):
+            if boxes.size:
+                raise ValueError(
+                    f"the boxes of {kind} sentence {index} have shape {boxes.shape}, they should be (n, 4)"
+                )
+            boxes = boxes.reshape(0, 4)
+        arrays.append(boxes)
     return _join(arrays, np.zeros((0, 4), np.float32))
 
 
 def join_scores(parts: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray]:
     """Scores of many sentences end to end, float32 (n,), and the number of each."""
-    arrays = [_numbers(part, f"the scores of prediction {index}") for index, part in enumerate(parts)]
-    for index, array in enumerate(arrays):
-        if array.ndim != 1:
-            raise ValueError(f"the scores of prediction {index} have shape {array.shape}, they should be (n,)")
+    arrays = [_numbers(part, "scores of prediction", index) for index, part in enumerate(parts)]
+    for index, scores in enumerate(arrays):
+        if scores.ndim != 1:
+            raise ValueError(f"the scores of prediction {index} have shape {scores.shape}, they should be (n,)")
     return _join(arrays, np.zeros(0, np.float32))
 
 
-def _numbers(values: Sequence, name: str) -> np.ndarray:
+def _numbers(values: Sequence, name: str, index: int) -> np.ndarray:
+    """Numbers as float32; a number beyond float32 becomes infinite."""
+    if type(values) is np.ndarray and values.dtype == np.float32:
+        return values
     try:
-        array = np.asarray(values)
-        if array.size and array.dtype.kind not in "fiu":
+        if type(values) is list and values and type(values[0]) in (float, int):
+            return np.frombuffer(array("f", values), np.float32)  # reads a list of numbers faster than numpy does
+        numbers = np.asarray(values)
+        if numbers.size and numbers.dtype.kind not in "fiu":
             raise ValueError
         with np.errstate(over="ignore"):
-            return array.astype(np.float32, copy=False)
+            return numbers.astype(np.float32, copy=False)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} are no numbers: {str(values)[:60]}") from None
+        raise ValueError(f"the {name} {index} are no numbers: {str(values)[:60]}") from None
 
 
 def _join(arrays: Sequence[np.ndarray], empty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,8 +72,11 @@ def refuse_bad_boxes(
         index = int(np.argmax(wrong))
         raise ValueError(f"prediction {index} has {num_boxes[index]} boxes and {num_scores[index]} scores")
     for kind, corners, lengths in (("prediction", boxes, num_boxes), ("reference", truths, num_targets)):
-        sides = np.abs(corners)
-        large = ((sides > LARGEST) & np.isfinite(sides)).any(axis=1)
+        # one pass says whether any is large; an infinite or nan corner of a prediction is no error
+        large = np.abs(corners) > LARGEST
+        if not large.any():
+            continue
+        large = (large & np.isfinite(corners)).any(axis=1)
         if large.any():
             box, index = _first(corners, large, lengths)
             raise ValueError(f"{kind} {index} has the box {box}: its area overflows, coordinates are pixels")

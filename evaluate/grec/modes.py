@@ -54,7 +54,7 @@ MODES = {
     ),
     "propvg": replace(
         INSTANCEVG,
-        source="Dmmm1997/PropVG propvg/evaluations/grefcoco.py",
+        source="Dmmm1997/PropVG@c566fc2 propvg/evaluations/grefcoco.py:162-250",
         strict=True,
         comparable="yes, but for scores equal to the threshold",
     ),

@@ -170,7 +170,7 @@ class _Buffered:
 
 class _BufferedColumn(Sequence):
     def __init__(self, data: object, column: str) -> None:
-        self.data, self.column = data, column
+        self.data, self.column = data.select_columns([column]), column
 
     def __len__(self) -> int:
         return len(self.data)

@@ -66,10 +66,11 @@ class GresAccumulator(SentenceRows):
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-        # without a rule that reads it, no_target may be missing
+        # where no rule reads it, no_target may be missing
+        reads_truth = self.protocol.only_targets or not self.protocol.truth_by_mask
         answer = ["mask", "no_target"] if self.protocol.none_rule != "mask" else ["mask"]
-        truth = ["mask", "no_target"] if not self.protocol.truth_by_mask else ["mask"]
-        optional = OPTIONAL if "no_target" in truth else {"no_target": False} | OPTIONAL
+        truth = ["mask", "no_target"] if reads_truth else ["mask"]
+        optional = OPTIONAL if reads_truth else {"no_target": False} | OPTIONAL
         given = read_columns(references, "reference", truth, optional)
         answers = read_columns(predictions, "prediction", answer)
         masks, truths = as_rles(answers["mask"], "prediction"), as_rles(given.pop("mask"), "reference")

@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 16  # characters read at once: their runs stay in a processor's cache and need no fresh memory
+CHUNK = 3 << 15  # characters read at once: their runs stay in a processor's cache and need no fresh memory
 DIGITS = 6  # of a number in a run-length string, 5 bits each: it then fits into 32 bits
 LARGEST_MASK = 1 << 29  # pixels: no run needs more digits
 RUN = 255  # words of eight pixels added up at once: a byte holds as many
@@ -190,10 +190,17 @@ def _words(masks: np.ndarray) -> np.ndarray:
 def _sizes(masks: Sequence[Rle], side: str) -> np.ndarray:
     """Height and width of each mask, int64 (n, 2); ValueError for what is not two positive whole numbers."""
     sizes = [mask["size"] for mask in masks]
-    if all(map(_is_pair, sizes)):
-        array = np.array([*chain.from_iterable(sizes)], np.int64).reshape(-1, 2)
-        if array.min(initial=1) > 0 and array.prod(axis=1).max(initial=0) < LARGEST_MASK:
-            return array
+    try:
+        if not sizes or {*map(len, sizes)} == {2}:
+            flat = np.array([*chain.from_iterable(sizes)])
+            array = flat.astype(np.int64).reshape(-1, 2)
+            # the sides first, for the product of two large ones overflows
+            small = 0 < array.min(initial=1) <= array.max(initial=1) < LARGEST_MASK
+            small = small and array.prod(axis=1).max(initial=0) < LARGEST_MASK
+            if small and (flat.dtype.kind in "iu" or not sizes):
+                return array
+    except (TypeError, ValueError, OverflowError):
+        pass  # the first bad one is named below
     index = next(index for index, size in enumerate(sizes) if not _is_size(size))
     raise ValueError(
         f"the mask of {side} {index} has the size {sizes[index]!r}: a size is [height, width], two positive whole "
@@ -202,16 +209,10 @@ def _sizes(masks: Sequence[Rle], side: str) -> np.ndarray:
 
 
 def _is_size(size: object) -> bool:
-    return _is_pair(size) and min(size) > 0 and int(size[0]) * int(size[1]) < LARGEST_MASK
-
-
-def _is_pair(size: object) -> bool:
-    """Whether this is two whole numbers, of Python or numpy, that 64 bits hold."""
-    if type(size) in (list, tuple) and len(size) == 2:
-        if type(size[0]) is int and type(size[1]) is int:
-            return max(size) < LARGEST_MASK
-        return all(isinstance(side, np.integer) for side in size)
-    return isinstance(size, np.ndarray) and size.shape == (2,) and size.dtype.kind in "iu"
+    if not isinstance(size, (list, tuple, np.ndarray)) or len(size) != 2:
+        return False
+    whole = all(isinstance(side, (int, np.integer)) for side in size)
+    return whole and min(size) > 0 and int(size[0]) * int(size[1]) < LARGEST_MASK
 
 
 def _chunks(predictions: Sequence[Rle], truths: Sequence[Rle], pixels: np.ndarray) -> Iterator[slice]:

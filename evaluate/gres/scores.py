@@ -24,7 +24,7 @@ NONE_RULES = {
     "flag": "`no_target` > {0:g}",
     "query": "1 - `no_target`, the best query score, <= {1:g}",
     "mask": "the mask is empty",
-    "no answer": "`no_target` > {0:g}, no mask given: IoU 0 even where there is no target",
+    "no answer": "the mask is empty; without an answer (`no_target` > {0:g}) IoU is 0 everywhere",
 }
 
 
@@ -83,7 +83,8 @@ class Protocol:
 
 RELA = Protocol("henghuiding/ReLA@3ca9551 gres_model/evaluation/refer_evaluation.py:14-232")
 LISA = Protocol(
-    "dvlab-research/LISA; bytedance/Sa2VA, also SAMTok; mc-lan/Text4Seg",
+    "dvlab-research/LISA@3cb2d43 train_ds.py:523-577; bytedance/Sa2VA@9832e1a projects/sa2va/evaluation/dataset/RES.py:"
+    "218-285, also SAMTok; mc-lan/Text4Seg@d6540b6 ms-swift/text4seg/eval_refer_seg.py:14-102",
     resolution="original",
     none_rule="mask",
     threshold=None,
@@ -114,7 +115,7 @@ PROTOCOLS = {
     ),
     "lisa": LISA,
     "deris": QUERIES,
-    "propvg": replace(QUERIES, source="Dmmm1997/PropVG propvg/evaluations/grefcoco.py", resolution=320),
+    "propvg": replace(QUERIES, source="Dmmm1997/PropVG@c566fc2 propvg/evaluations/grefcoco.py:59-160", resolution=320),
     "instancevg": replace(
         QUERIES, source="Dmmm1997/InstanceVG@49fd8fa instancevg/evaluations/grefcoco.py:59-160", resolution=320
     ),
