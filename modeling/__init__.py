@@ -1,4 +1,4 @@
-"""The model repository of gRefCOCO: ReLA as transformers classes, known to the auto classes once imported."""
+"""The model repository of gRefCOCO: ReLA and MDETR as transformers classes. Importing it registers ReLA."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 

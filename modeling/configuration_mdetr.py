@@ -1,11 +1,11 @@
-"""Every choice of the MDETR model, named. The defaults are the published ResNet-101 network of "MDETR: Modulated
-Detection for End-to-End Multi-Modal Understanding" (ICCV 2021), the GREC baseline of gRefCOCO."""
+"""Configuration of MDETR. The defaults are the published ResNet-101 network of "MDETR: Modulated Detection for
+End-to-End Multi-Modal Understanding" (ICCV 2021), the GREC baseline of gRefCOCO."""
 
 from transformers import PreTrainedConfig, RobertaConfig
 
 
 class MdetrConfig(PreTrainedConfig):
-    """Configuration of `MdetrModel`. Sizes are channels unless said otherwise; lists of four go by stride 4 to 32.
+    """Configuration of `MdetrModel`. Sizes are channels unless noted; lists of four are for strides 4, 8, 16, 32.
 
     Raises:
         ValueError: where fields contradict each other; the message names the field, its value and the way out.
@@ -13,12 +13,15 @@ class MdetrConfig(PreTrainedConfig):
 
     model_type = "mdetr"
     sub_configs = {"text_config": RobertaConfig}
-    keys_to_ignore_at_inference = [  # by Trainer, which has to gather the others
+    keys_to_ignore_at_inference = [  # Trainer gathers all other outputs
         "loss_terms", "pred_isfinal", "proj_queries", "proj_tokens", "auxiliary_outputs",
     ]  # fmt: skip
 
     text_config: dict | PreTrainedConfig | None = None
     """The RoBERTa encoder; None is roberta-base's configuration."""
+
+    custom_pipelines: dict | None = None
+    """The code of `pipeline("referring-segmentation")`; filled in."""
 
     # Vision trunk
     stem_channels: int = 64
@@ -30,7 +33,7 @@ class MdetrConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
     """Blocks in each of the four stages."""
     freeze_stem: bool = True
-    """Keep the first convolution and the first stage as they are; False where nothing was pretrained."""
+    """Do not train the first convolution and the first stage; False where nothing was pretrained."""
 
     # Joint encoder and decoder
     hidden_size: int = 256
@@ -52,11 +55,11 @@ class MdetrConfig(PreTrainedConfig):
 
     # Heads
     num_positions: int = 256
-    """Classes of the soft-token head: word positions, and in the last place "no object"."""
+    """Classes of the soft-token head: token positions, the last one being "no object"; the processor's too."""
     contrastive_size: int = 64
     """Channels of the space in which queries and words are aligned; 0 builds no such head."""
     predict_final: bool = False
-    """Also predict which boxes the sentence is finally about, besides those it only mentions."""
+    """Also predict which boxes the sentence is finally about, and not only mentions."""
 
     # Matcher
     class_cost: float = 1.0
@@ -89,6 +92,9 @@ class MdetrConfig(PreTrainedConfig):
             self.text_config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
         elif isinstance(self.text_config, dict):
             self.text_config = RobertaConfig(**self.text_config)
+        if self.custom_pipelines is None:
+            pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
+            self.custom_pipelines = {"referring-segmentation": pipeline}
         for name in ("bottleneck_channels", "stage_channels", "depths"):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
@@ -97,7 +103,7 @@ class MdetrConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("bottleneck_channels", "stage_channels", "depths"):
             if len(getattr(self, name)) != 4:
-                raise ValueError(f"{name}={getattr(self, name)} in MdetrConfig: name one number for each of 4 stages")
+                raise ValueError(f"{name}={getattr(self, name)} in MdetrConfig: give one number for each of 4 stages")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size={self.hidden_size} in MdetrConfig must be a multiple of 4 (sine positions) and of "

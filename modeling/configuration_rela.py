@@ -1,5 +1,5 @@
-"""Every choice of the ReLA model, named. The defaults are the published Swin-B network of "GRES: Generalized Referring
-Expression Segmentation" (CVPR 2023); whatever departs from it is an option that is off here."""
+"""Configuration of ReLA. The defaults are the published Swin-B network of "GRES: Generalized Referring Expression
+Segmentation" (CVPR 2023); all departures from it are options that are off by default."""
 
 import math
 
@@ -7,7 +7,7 @@ from transformers import BertConfig, PreTrainedConfig
 
 
 class RelaConfig(PreTrainedConfig):
-    """Configuration of `RelaModel`. Sizes are channels unless said otherwise; lists of four go by stride 4, 8, 16, 32.
+    """Configuration of `RelaModel`. Sizes are channels unless noted; lists of four are for strides 4, 8, 16, 32.
 
     Raises:
         ValueError: where two fields contradict each other; the message names the field, its value and the way out.
@@ -15,7 +15,7 @@ class RelaConfig(PreTrainedConfig):
 
     model_type = "rela"
     sub_configs = {"text_config": BertConfig}
-    keys_to_ignore_at_inference = [  # by Trainer, which has to gather the others
+    keys_to_ignore_at_inference = [  # Trainer gathers all other outputs
         "loss_terms", "minimap_logits", "category_logits", "relevance_logits", "instance_masks", "count_logits",
     ]  # fmt: skip
 
@@ -23,7 +23,7 @@ class RelaConfig(PreTrainedConfig):
     """The BERT encoder; None is bert-base-uncased's configuration."""
 
     custom_pipelines: dict | None = None
-    """Where `pipeline("referring-segmentation")` finds its code; filled in."""
+    """The code of `pipeline("referring-segmentation")`; filled in."""
 
     # Vision trunk
     backbone: str = "swin"
@@ -33,7 +33,7 @@ class RelaConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)
     """Blocks in each of the four stages."""
     stem_channels: int = 64
-    """Channels of the resnet's first convolution; half of `stage_channels[0]` is usual for "conv"."""
+    """Channels of the first convolution of "resnet" and "conv"; half of `stage_channels[0]` is usual for "conv"."""
     bottleneck_channels: int = 64
     """Inner channels of the resnet's first stage; doubled at each stage."""
     window_heads: list[int] | tuple[int, ...] = (4, 8, 16, 32)
@@ -49,8 +49,8 @@ class RelaConfig(PreTrainedConfig):
     language_fusion: bool = True
     """Fuse the sentence into the stage outputs; the published ResNet-50 variant does not."""
     language_gate: str = "published"
-    """How a fused stage output returns to the trunk. "published": by a gate with both weights zero, which never opens
-    because both gradients are zero; "open": only the gate's last weight starts at zero; "none": not at all."""
+    """How a fused stage output is added to the trunk. "published": by a gate with both weights zero, which never opens
+    because both gradients are zero; "open": only the gate's last weight starts at zero; "none": it is not added."""
 
     # Pixel decoder
     pixel_decoder_size: int = 256
@@ -78,9 +78,9 @@ class RelaConfig(PreTrainedConfig):
     decoder_ffn_size: int = 2048
     """Width of the region decoder's feed-forward layers."""
     region_language_weight: float = 0.1
-    """What the region-language attention is multiplied with before it joins the queries."""
+    """Factor of the region-language attention before it is added to the queries."""
     region_language_mask: bool = False
-    """Keep padding tokens out of the region-language attention; the published model lets them in."""
+    """Mask padding tokens in the region-language attention; the published model does not."""
 
     # Loss
     mask_loss: str = "ce"
@@ -96,23 +96,23 @@ class RelaConfig(PreTrainedConfig):
     loss_scale: float = 5.0
     """Factor of the whole sum."""
     soft_minimap: bool = False
-    """Teach the minimap each cell's covered fraction; published: 1 where the centre is covered entirely, else 0."""
+    """The minimap's target is each cell's covered fraction; published: 1 where the centre is fully covered, else 0."""
     auxiliary_loss: bool = False
-    """Supervise every region decoder layer; published: the last alone."""
+    """Supervise every region decoder layer; published: the last one only."""
 
     # Category supervision
     num_categories: int = 0
-    """Object categories of a per-pixel head on the trunk's strides 4 and 8; 0 builds no head."""
+    """Categories of a per-pixel head on the trunk's strides 4 and 8; 0 builds no head."""
     category_loss_weight: float = 1.0
     """Weight of the category loss, inside `loss_scale`."""
 
     # Instance branch
     num_instance_queries: int = 0
-    """Objects the instance branch looks for in an image; 0 builds no branch."""
+    """Objects that the instance branch detects in an image; 0 builds no branch."""
     instance_layers: int = 3
-    """Layers in which the found objects look at each other, at the words and at the regions."""
+    """Layers in which the detected objects attend to each other, to the words and to the regions."""
     max_count: int = 5
-    """Largest number of targets the counting head tells apart; it means "so many or more"."""
+    """Last class of the counting head; it means this many targets or more."""
     centre_loss_weight: float = 1.0
     """Weight of the loss of the map of object centres, like all below inside `loss_scale`."""
     box_loss_weight: float = 5.0
@@ -124,9 +124,9 @@ class RelaConfig(PreTrainedConfig):
     relevance_loss_weight: float = 1.0
     """Weight of each layer's relevance loss; of the relevance's error in matching."""
     merge_instances: bool = False
-    """Let regions and instances answer together: in `pred_masks` the mask logits of the chosen objects (relevant with
-    more than even odds, given that any is) are added to the region head's, in `no_target_logits` the logit of "none of
-    the objects is relevant" to the region head's verdict. The losses see each by itself."""
+    """Add the instances to the answers: to `pred_masks` the mask logits of the chosen objects (those whose probability
+    of being relevant, given that any object is, exceeds 0.5), to `no_target_logits` the logit that no object is
+    relevant. The losses use regions and instances separately."""
     count_loss_weight: float = 0.0
     """Weight of the counting loss; 0 builds no counting head."""
 
@@ -136,7 +136,7 @@ class RelaConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = BertConfig(**self.text_config)
         if self.custom_pipelines is None:
-            pipeline = {"impl": "pipeline_rela.ReferringSegmentationPipeline", "pt": ["AutoModel"]}
+            pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
             self.custom_pipelines = {"referring-segmentation": pipeline}
         for name in ("stage_channels", "depths", "window_heads", "class_weights"):
             setattr(self, name, list(getattr(self, name)))
@@ -162,8 +162,8 @@ class RelaConfig(PreTrainedConfig):
             )
         if self.num_categories and self.language_fusion and self.language_gate == "open":
             raise ValueError(
-                'language_gate="open" in RelaConfig mixes the sentence into the trunk, where num_categories='
-                f'{self.num_categories} wants language-free features: set language_gate="published" or "none"'
+                'language_gate="open" in RelaConfig adds the sentence to the trunk, but num_categories='
+                f'{self.num_categories} needs language-free features: set language_gate="published" or "none"'
             )
 
 

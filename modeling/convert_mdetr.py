@@ -2,8 +2,8 @@
 
     python -m modeling.convert_mdetr checkpoint.pth OUT
 
-A training checkpoint holds the weights twice, as trained ("model") and averaged over the training ("model_ema"); the
-published evaluation uses the averaged ones, and so does this where they are present.
+A training checkpoint holds the weights twice, as trained ("model") and averaged over the training ("model_ema"). The
+published evaluation uses the averaged weights, and so does this command where they are present.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from .configuration_mdetr import MdetrConfig
 from .image_processing_mdetr import MdetrImageProcessor
 from .modeling_mdetr import MdetrModel
 from .processing_mdetr import MdetrProcessor
-from .weight_files_rela import Rules, count_indices, error_line, read_file, rename, split_projections, write_folder
+from .weight_files import Rules, count_indices, error_line, read_file, rename, split_projections, write_folder
 
-# RoBERTa's pooler and position numbers, batch norm's counter, and the question-answering heads have no part in GREC.
+# Not used in GREC: RoBERTa's pooler and position ids, batch norm's counter, and the question-answering heads.
 DROPPED = re.compile(
     r"transformer\.text_encoder\.(pooler\..*|embeddings\.position_ids)|.*\.num_batches_tracked"
     r"|(qa_embed|answer_(\w+_)?head)\..*"
@@ -71,10 +71,10 @@ RULES: Rules = [
 
 
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original parameter names to those of `MdetrModel`; fused attention projections are split.
+    """Rename original parameters to those of `MdetrModel`; fused attention projections are split.
 
     Args:
-        state_dict: the original's, what its checkpoint keeps under "model" or "model_ema".
+        state_dict: the original's, in its checkpoint under "model" or "model_ema".
 
     Raises:
         ValueError: for a key that is neither used nor known to be dropped (`DROPPED`).
@@ -100,9 +100,9 @@ def infer_config(
     """The configuration of an original state dict, read from names and shapes.
 
     Args:
-        state_dict: the original's, what its checkpoint keeps under "model" or "model_ema".
-        num_attention_heads: of encoder and decoder, which no shape tells.
-        text_num_attention_heads: of RoBERTa, likewise.
+        state_dict: the original's, in its checkpoint under "model" or "model_ema".
+        num_attention_heads: of encoder and decoder; no shape depends on it.
+        text_num_attention_heads: of RoBERTa; likewise.
 
     Raises:
         ValueError: when the state dict is not of an MDETR with a bottleneck ResNet.
@@ -166,7 +166,7 @@ tags: [referring-expression-comprehension, GREC, gRefCOCO]
 
 # MDETR, converted from {source}
 
-Boxes whatever a sentence refers to in an image: one thing, several, or none. Network and weights ("{weights}" of the
+Boxes of what a sentence refers to in an image: one object, several, or none. Network and weights ("{weights}" of the
 file): "MDETR: Modulated Detection for End-to-End Multi-Modal Understanding" (ICCV 2021).
 
 ```python
@@ -175,28 +175,28 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
 outputs = model(**processor(images=[image], text=["the two people on the left"]))
-result = processor.post_process_grec(outputs, target_sizes=[(image.height, image.width)])[0]
+result = processor.post_process_referring_detection(outputs, target_sizes=[(image.height, image.width)])[0]
 ```
 """
 
 
 def read_checkpoint(path: Path, weights: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict of a training checkpoint, and which of the two it is; nothing in the file is run.
+    """The state dict of a training checkpoint, and its name; no code in the file is executed.
 
     Args:
         path: a torch file.
         weights: "model" or "model_ema"; None is "model_ema" where present, else "model".
 
     Raises:
-        ValueError: when the file is missing, damaged, holds more than weights and settings, or not the wanted weights.
+        ValueError: when the file is missing, damaged, holds more than weights and settings, or no `weights`.
     """
     content = read_file(path)
-    found = [
+    names = [
         name for name in ("model_ema", "model") if isinstance(content, dict) and isinstance(content.get(name), dict)
     ]
-    chosen = weights or (found or ["model"])[0]
-    if chosen not in found:
-        raise ValueError(f"{path} holds no {chosen!r}: {f'use --weights {found[0]}' if found else 'not a checkpoint'}")
+    chosen = weights or (names or ["model"])[0]
+    if chosen not in names:
+        raise ValueError(f"{path} holds no {chosen!r}: {f'use --weights {names[0]}' if names else 'not a checkpoint'}")
     return content[chosen], chosen
 
 
@@ -208,16 +208,17 @@ def convert(
     num_attention_heads: int,
     text_num_attention_heads: int,
 ) -> MdetrModel:
-    """Write `folder` with model, processor, their code and a card; nothing is written unless everything converts.
+    """Write `folder` with model, processor, their code and a card; nothing is written unless all weights convert.
 
     Raises:
         ValueError: for a file that cannot be read or is no MDETR checkpoint, or a folder that is not empty.
-        OSError: when the tokenizer cannot be had.
+        OSError: when the tokenizer cannot be loaded.
     """
     state_dict, chosen = read_checkpoint(checkpoint, weights)
     converted = convert_state_dict(state_dict)
     model = MdetrModel(infer_config(state_dict, num_attention_heads, text_num_attention_heads))
-    processor = MdetrProcessor(MdetrImageProcessor(), AutoTokenizer.from_pretrained(tokenizer))
+    words, num_positions = AutoTokenizer.from_pretrained(tokenizer), model.config.num_positions
+    processor = MdetrProcessor(MdetrImageProcessor(), words, num_positions=num_positions)
     write_folder(folder, model, converted, processor, CARD.format(source=checkpoint.name, weights=chosen))
     return model
 

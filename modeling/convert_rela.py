@@ -2,9 +2,10 @@
 
     python -m modeling.convert_rela gres_swin_base.pth OUT
 
-The published evaluation never loaded the stored weight of the region-language gate: the original predictor's
-`_load_from_state_dict` does not call its parent, so that one parameter kept its initial 0, a gate of sigmoid(0) = 0.5.
-`--language-gate published`, the default here, reproduces the published numbers; `stored` keeps the file's value.
+The published evaluation never loaded the stored weight of the region gate (that of the region-language attention): the
+original predictor's `_load_from_state_dict` does not call its parent, so the weight stayed at its initial value 0, a
+gate of sigmoid(0) = 0.5. `--region-gate published`, the default, reproduces the published numbers; `stored` keeps the
+value of the file.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor
 from .modeling_rela import RelaModel
 from .processing_rela import RelaProcessor
-from .weight_files_rela import Rules, count_indices, error_line, read_weights, rename, split_projections, write_folder
+from .weight_files import Rules, count_indices, error_line, read_weights, rename, split_projections, write_folder
 
-LANGUAGE_GATE = "region_decoder.layers.0.language.gate"
-LANGUAGE_GATES = ("published", "stored")
+REGION_GATE = "region_decoder.layers.0.language.region_gate"
+REGION_GATES = ("published", "stored")
 DROPPED = re.compile(
     r".*\.relative_position_index|pixel_(mean|std)|text_encoder\.embeddings\.position_ids|text_encoder\.pooler\..*"
     r"|criterion\..*|.*\.num_batches_tracked"
@@ -111,38 +112,36 @@ RULES: Rules = [
 ]
 
 
-def convert_state_dict(
-    state_dict: Mapping[str, torch.Tensor], language_gate: str = "stored"
-) -> dict[str, torch.Tensor]:
-    """Original parameter names to those of `RelaModel`; 1 x 1 convolutions become linear, fused projections split.
+def convert_state_dict(state_dict: Mapping[str, torch.Tensor], region_gate: str = "stored") -> dict[str, torch.Tensor]:
+    """Rename original parameters to those of `RelaModel`; 1 x 1 convolutions become linear, fused projections split.
 
     Args:
-        state_dict: the original's, what its checkpoint keeps under "model".
-        language_gate: "stored" keeps the region-language gate's weight, "published" sets it to 0.
+        state_dict: the original's, in its checkpoint under "model".
+        region_gate: "stored" keeps the weight of the region gate, "published" sets it to 0.
 
     Raises:
-        ValueError: for a key that is neither used nor known to be dropped (`DROPPED`); for another `language_gate`.
+        ValueError: for a key that is neither used nor known to be dropped (`DROPPED`); for another `region_gate`.
     """
-    if language_gate not in LANGUAGE_GATES:
-        raise ValueError(f"language_gate={language_gate!r}: choose one of {', '.join(LANGUAGE_GATES)}")
+    if region_gate not in REGION_GATES:
+        raise ValueError(f"region_gate={region_gate!r}: choose one of {', '.join(REGION_GATES)}")
     converted = {}
     for name, value in state_dict.items():
         if DROPPED.fullmatch(name):
             continue
         ours, value = _rename(name), torch.as_tensor(value)
-        if ours == LANGUAGE_GATE:
+        if ours == REGION_GATE:
             value = value.reshape(1)
         elif ".fusions." in ours or ".projections." in ours:
             value = value.reshape(value.shape[:2]) if value.ndim > 2 else value
         converted.update(split_projections(ours, value))
-    if language_gate == "published":
-        converted[LANGUAGE_GATE] = torch.zeros(1)
+    if region_gate == "published":
+        converted[REGION_GATE] = torch.zeros(1)
     return converted
 
 
 def _rename(name: str) -> str:
     if name == "sem_seg_head.predictor.lang_weight":
-        return LANGUAGE_GATE
+        return REGION_GATE
     if name == "sem_seg_head.pixel_decoder.transformer.level_embed":
         return "pixel_decoder.level_embed.weight"
     ours = rename(name, RULES)
@@ -160,12 +159,12 @@ def infer_config(
     """The configuration of an original state dict, read from names and shapes.
 
     Args:
-        state_dict: the original's, what its checkpoint keeps under "model".
-        num_attention_heads: of the pixel and region decoders, which no shape tells.
-        text_num_attention_heads: of BERT, likewise.
+        state_dict: the original's, in its checkpoint under "model".
+        num_attention_heads: of the pixel and region decoders; no shape depends on it.
+        text_num_attention_heads: of BERT; likewise.
 
     Raises:
-        ValueError: when the state dict is neither of a Swin nor of a ResNet ReLA.
+        ValueError: when the state dict is not that of a Swin or ResNet ReLA.
     """
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
     try:
@@ -241,7 +240,7 @@ tags: [referring-segmentation, GRES, gRefCOCO]
 
 # ReLA, converted from {source}
 
-Segments whatever a sentence refers to in an image: one thing, several, or none. Network and weights:
+Segments what a sentence refers to in an image: one object, several, or none. Network and weights:
 "GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
 
 ```python
@@ -253,9 +252,9 @@ outputs = model(**processor(images=[image], text=["the two people on the left"])
 result = processor.post_process_referring_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
 ```
 
-Keys of the file that have no part in the network: {left_out}.
+Keys of the file that are not part of the network: {dropped}.
 
-Region-language gate: {language_gate}. The published evaluation ran with the gate's initial value, sigmoid(0) = 0.5,
+Region gate: {region_gate}. The published evaluation ran with the gate's initial value, sigmoid(0) = 0.5,
 because the original code never loads the stored one; `published` reproduces that, `stored` keeps the file's value.
 """
 
@@ -263,25 +262,25 @@ because the original code never loads the stored one; `published` reproduces tha
 def convert(
     checkpoint: Path,
     folder: Path,
-    language_gate: str,
+    region_gate: str,
     tokenizer: str,
     image_size: int,
     num_attention_heads: int,
     text_num_attention_heads: int,
 ) -> RelaModel:
-    """Write `folder` with model, processor, their code and a card; nothing is written unless everything converts.
+    """Write `folder` with model, processor, their code and a card; nothing is written unless all weights convert.
 
     Raises:
         ValueError: for a file that cannot be read or is no ReLA checkpoint, or a folder that is not empty.
-        OSError: when the tokenizer cannot be had.
+        OSError: when the tokenizer cannot be loaded.
     """
     state_dict = read_weights(checkpoint)
-    weights = convert_state_dict(state_dict, language_gate)
+    weights = convert_state_dict(state_dict, region_gate)
     model = RelaModel(infer_config(state_dict, num_attention_heads, text_num_attention_heads))
     image_processor = RelaImageProcessor(size={"height": image_size, "width": image_size})
     processor = RelaProcessor(image_processor, AutoTokenizer.from_pretrained(tokenizer))
-    left_out = ", ".join(name for name in state_dict if DROPPED.fullmatch(name)) or "none"
-    card = CARD.format(source=checkpoint.name, language_gate=language_gate, left_out=left_out)
+    dropped = ", ".join(name for name in state_dict if DROPPED.fullmatch(name)) or "none"
+    card = CARD.format(source=checkpoint.name, region_gate=region_gate, dropped=dropped)
     write_folder(folder, model, weights, processor, card)
     return model
 
@@ -291,8 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="the original's .pth, .pkl or .safetensors")
     parser.add_argument("folder", type=Path, help="where to write the converted model")
     parser.add_argument(
-        "--language-gate",
-        choices=LANGUAGE_GATES,
+        "--region-gate",
+        choices=REGION_GATES,
         default="published",
         help="published: 0, as the published evaluation ran; stored: the file's value",
     )

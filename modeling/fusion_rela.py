@@ -1,16 +1,18 @@
-"""How a sentence enters the vision trunk: pixel-word attention on each stage's output, and the gate back into it."""
+"""Language in the vision trunk: pixel-word attention on each stage's output, and the gate back into the trunk."""
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-LARGE_MAP = 2**19  # elements
+from .image_index import per_sentence
+
+LARGE_MAP = 2**19  # elements of one feature map above which a CPU works map by map
 
 
 class LanguageFusion(nn.Module):
-    """Pixel-word attention (LAVT's PWAM), one head: each pixel gathers the words that matter to it.
+    """Pixel-word attention (LAVT's PWAM), one head: each pixel gathers words.
 
-    What depends on the image alone is computed once per image, however many sentences look at it.
+    What depends on the image alone is computed once per image and shared by its sentences.
     Source: `SpatialImageLanguageAttention` and `PWAM` of the original swin.py.
     """
 
@@ -45,16 +47,16 @@ class LanguageFusion(nn.Module):
         pixels = pixels.flatten(1, 2)
         vision, query = nn.functional.gelu(self.vision(pixels)), normalize_pixels(self.query(pixels))
         words = attention_mask[..., None].to(text.dtype)
-        # The output projection is linear, so it is applied to the few words and not to the many pixels.
+        # The output projection is linear: applied to the few words instead of the many pixels, it gives the same.
         key, value = self.key(text) * words, self.out(self.value(text) * words)
 
-        def seen(x: torch.Tensor, sentences: slice) -> torch.Tensor:
-            # not x[image_index], whose gradients add up in any order
+        def of_image(x: torch.Tensor, sentences: slice) -> torch.Tensor:
+            # per_sentence, because the gradients of x[image_index] are summed in no fixed order
             return x[sentences] if image_index is None else per_sentence(x, image_index[sentences])
 
         def fuse(sentences: slice) -> torch.Tensor:
-            gathered = gather_words(seen(query, sentences), key[sentences], value[sentences], words[sentences])
-            return nn.functional.gelu(self.project(seen(vision, sentences) * gathered.to(vision.dtype)))
+            gathered = gather_words(of_image(query, sentences), key[sentences], value[sentences], words[sentences])
+            return nn.functional.gelu(self.project(of_image(vision, sentences) * gathered.to(vision.dtype)))
 
         if one_by_one(vision, text.shape[0]):
             fused = torch.cat([fuse(slice(i, i + 1)) for i in range(len(text))])
@@ -64,23 +66,24 @@ class LanguageFusion(nn.Module):
 
 
 def gather_words(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """What each pixel takes from the words, instance-normalised over the pixels; fp32 at least.
+    """The mixture of words of each pixel, instance-normalised over the pixels, in fp32 at least.
 
     (batch, pixels, channels), (batch, tokens, channels) x 2, (batch, tokens, 1) -> (batch, pixels, channels).
     """
-    # Where pixels agree on their words, the normalisation magnifies what little they differ in: fp32, cheap here.
+    # fp32: where all pixels mix the words alike, the normalisation enlarges rounding errors.
     with torch.autocast(query.device.type, enabled=False):
         key, value, words = full_precision(key), full_precision(value), full_precision(words)
         logits = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (batch, pixels, tokens)
         weights = (logits + (1e4 * words - 1e4).transpose(1, 2)).softmax(-1)
-        # Mean and scale are put in order on the few words, before they are spread over the many pixels.
+        # Instance normalisation of weights @ value, done on the few words: its mean over the pixels is mean @ value,
+        # and the scale of a channel is multiplied into value before the product over all pixels.
         mean = weights.mean(dim=1, keepdim=True)
         weights, value = weights - mean, value - mean @ value
         return weights @ (value * _inverse_deviation(weights @ value))
 
 
 class LanguageGate(nn.Module):
-    """x + tanh(G2 relu(G1 fused)) * fused: lets the fused features back into the trunk.
+    """x + tanh(G2 relu(G1 fused)) * fused: adds the fused features to the trunk.
 
     With both weights zero, as published, both gradients are zero too and the gate never opens.
     """
@@ -103,13 +106,8 @@ class LanguageGate(nn.Module):
 
     @property
     def closed(self) -> bool:
-        """Whether the gate adds nothing and cannot learn to."""
+        """Whether both weights are zero: the gate adds nothing and has no gradient."""
         return not (self.inner.weight.any() or self.outer.weight.any())
-
-
-def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
-    """(images, ...) -> (sentences, ...); None means that sentence i is about image i."""
-    return x if image_index is None else x.index_select(0, image_index)
 
 
 def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
@@ -120,21 +118,21 @@ def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
 
 
 def _inverse_deviation(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
-    """(batch, pixels, channels) without mean over the pixels -> 1 / their standard deviation, (batch, 1, channels)."""
+    """(batch, pixels, channels) of mean 0 over the pixels -> 1 / their standard deviation, (batch, 1, channels)."""
     variance = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
     return (variance + epsilon).rsqrt()
 
 
 def one_by_one(maps: torch.Tensor, batch: int) -> bool:
-    """Whether work on `batch` maps as large as those of `maps` goes faster map by map.
+    """Whether to process a batch of `batch` maps as large as those of `maps` one by one, which is faster on a CPU.
 
-    It does on a CPU: what is too large for its caches comes from fresh pages of memory, which cost more than a batch
-    saves. A compiler plans its memory itself.
+    Tensors larger than the CPU's caches are allocated on new memory pages, which cost more than a batch saves. A
+    compiler plans its memory itself.
     """
     large = maps.device.type == "cpu" and batch > 1 and maps[0].numel() >= LARGE_MAP
     return large and not torch.compiler.is_compiling()
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """Half precision to fp32; fp32 and fp64 stay as they are."""
+    """Convert half precision to fp32; fp32 and fp64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,15 +1,15 @@
-"""Images of any size and mode to one normalised, padded batch, as MDETR sees them."""
+"""Images of any size and mode to one normalised, padded batch for MDETR."""
 
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 
-from .image_processing_rela import RelaImageProcessor, scale_and_shift, write_pixels
+from .image_inputs import ReferringImageProcessor, scale_and_shift, write_pixels
 
 
-class MdetrImageProcessor(RelaImageProcessor):
-    """Resizes the shorter side to 800 pixels, or less where the longer would exceed 1333; then pads the batch.
+class MdetrImageProcessor(ReferringImageProcessor):
+    """Resizes the shorter side to 800 pixels, or less where the longer side would exceed 1333; then pads the batch.
 
     Source: `resize` of the original transforms.py and `NestedTensor`.
     """

@@ -7,58 +7,59 @@ from torch import nn
 
 from .configuration_rela import RelaConfig
 from .fusion_rela import full_precision
-from .region_decoder_rela import Prediction
+from .region_decoder_rela import RegionOutput
 
 
 def referring_loss(
-    predictions: list[Prediction], masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
+    outputs: list[RegionOutput], masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted sum over `predictions`, and the unweighted terms "mask", "minimap", "no_target" of the last one.
+    """Weighted sum over `outputs`, and the unweighted terms "mask", "minimap", "no_target" of the last one.
 
     Args:
-        predictions: last layer's alone, or every layer's for auxiliary supervision.
-        masks: (batch, height, width) merged target, 1 where the sentence refers to.
+        outputs: of the last layer alone, or of every layer for auxiliary supervision.
+        masks: (batch, height, width) merged target masks, 0 or 1.
         no_target: (batch,) whether the sentence refers to nothing.
         config: names the loss and its weights.
     """
-    masks = masks.to(predictions[-1].masks.dtype)
+    masks = masks.to(outputs[-1].masks.dtype)
     weights = {
         "mask": config.mask_loss_weight,
         "minimap": config.minimap_loss_weight,
         "no_target": config.no_target_loss_weight,
     }
     total = masks.new_zeros(())
-    for prediction in predictions:
-        terms = _terms(prediction, masks, no_target, config)
+    for output in outputs:
+        terms = _terms(output, masks, no_target, config)
         total = total + sum(weights[name] * term for name, term in terms.items())
     return total, terms
 
 
 def category_loss(logits: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of (images, categories + 1, h, w) with (images, height, width) indices; -100 is left out."""
-    target = nn.functional.interpolate(categories[:, None].float(), logits.shape[-2:], mode="nearest-exact")[
-        :, 0
-    ].long()
+    """Cross entropy of (images, categories + 1, h, w) with (images, height, width) indices; -100 is ignored."""
+    target = nn.functional.interpolate(categories[:, None].float(), logits.shape[-2:], mode="nearest-exact")
+    target = target[:, 0].long()
     total = nn.functional.cross_entropy(full_precision(logits), target, ignore_index=-100, reduction="sum")
     return total / (target != -100).sum().clamp(min=1)
 
 
 def _terms(
-    prediction: Prediction, masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
+    output: RegionOutput, masks: torch.Tensor, no_target: torch.Tensor, config: RelaConfig
 ) -> dict[str, torch.Tensor]:
+    """The unweighted terms of one layer."""
     weight = masks.new_tensor(config.class_weights)
-    mask_loss = _bce_dice(prediction.masks, masks) if config.mask_loss == "bce_dice" else None
-    if mask_loss is None:
-        mask_loss = nn.functional.cross_entropy(_enlarge(prediction.masks, masks), masks.long(), weight)
+    if config.mask_loss == "bce_dice":
+        mask_loss = _bce_dice(output.masks, masks)
+    else:
+        mask_loss = nn.functional.cross_entropy(_enlarge(output.masks, masks), masks.long(), weight)
     return {
         "mask": mask_loss,
-        "minimap": _minimap_loss(full_precision(prediction.minimap), masks, weight, config.soft_minimap),
-        "no_target": nn.functional.cross_entropy(full_precision(prediction.no_target), no_target.long(), weight),
+        "minimap": _minimap_loss(full_precision(output.minimap), masks, weight, config.soft_minimap),
+        "no_target": nn.functional.cross_entropy(full_precision(output.no_target), no_target.long(), weight),
     }
 
 
 def _bce_dice(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy plus dice of the margin between the two classes, per sentence, averaged."""
+    """Binary cross entropy plus dice of the margin between the two classes, averaged over the sentences."""
     margin = _enlarge(logits[:, 1:] - logits[:, :1], masks)[:, 0].flatten(1)
     masks = masks.flatten(1)
     covered = margin.sigmoid()
@@ -67,10 +68,10 @@ def _bce_dice(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def _minimap_loss(minimap: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor, soft: bool) -> torch.Tensor:
-    """Cross entropy of the minimap (batch, regions, 2) with the target shrunk to its grid.
+    """Cross entropy of the minimap (batch, regions, 2) with the target resized to its grid of regions.
 
-    The published target is the mask sampled at each cell's centre, cut to an integer: a cell counts where the pixels
-    around its centre are all target.
+    The published target is the mask interpolated at each cell's centre and truncated to an integer: a cell is 1 where
+    all pixels around its centre are 1. With `soft` it is the covered fraction of the cell.
     """
     side = math.isqrt(minimap.shape[1])
     masks, size = masks.float()[:, None], (side, side)
@@ -83,4 +84,5 @@ def _minimap_loss(minimap: torch.Tensor, masks: torch.Tensor, weight: torch.Tens
 
 
 def _enlarge(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, classes, h, w) at the size of `masks`."""
     return nn.functional.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,14 +1,15 @@
-"""MDETR: boxes for whatever a sentence refers to in an image; the GREC baseline of gRefCOCO.
+"""MDETR: boxes of what a sentence refers to in an image; the GREC baseline of gRefCOCO.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     outputs = model(**processor(images=[image], text=["all red shapes"], return_tensors="pt"))
-    processor.post_process_grec(outputs, target_sizes=[(480, 640)])
+    processor.post_process_referring_detection(outputs, target_sizes=[(480, 640)])
 
 Source: "MDETR: Modulated Detection for End-to-End Multi-Modal Understanding" (ICCV 2021).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,19 +18,21 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mdetr import MdetrConfig
-from .convolution_rela import FrozenBatchNorm
-from .fusion_rela import per_sentence
-from .loss_mdetr import Prediction, grounding_loss
-from .resnet_mdetr import ResNet
+from .image_index import check_image_index, per_sentence
+from .loss_mdetr import LayerOutput, grounding_loss
+from .resnet import FrozenBatchNorm, ResNet
 from .transformer_mdetr import DecoderLayer, EncoderLayer, sine_positions
+
+if TYPE_CHECKING:
+    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
 
 @dataclass
 class MdetrOutput(ModelOutput):
-    """What `MdetrModel` returns; B sentences.
+    """Outputs of `MdetrModel` for B sentences.
 
     Args:
-        loss: weighted sum over all layers, where labels were given.
+        loss: weighted sum over all layers, where labels of the loss were given.
         loss_terms: detached unweighted terms, named as in `loss_mdetr.grounding_loss`.
         logits: (B, queries, positions) soft-token logits; the last position is "no object".
         pred_boxes: (B, queries, 4) cxcywh relative to the image as given, 0..1.
@@ -51,12 +54,14 @@ class MdetrOutput(ModelOutput):
 
 
 class MdetrPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what transformers needs to know of the network."""
+
     config_class = MdetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Loaded in half precision, the heads stay in fp32: half a number's digits are pixels of a box.
+    # Loaded in half precision, the heads stay in fp32: rounding to half precision moves a box by pixels.
     _keep_in_fp32_modules_strict = ("token_head", "box_head", "final_head", "align_queries", "align_tokens")
 
     @torch.no_grad()
@@ -86,7 +91,7 @@ class MdetrModel(MdetrPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, size)
         self.text_norm = nn.LayerNorm(size, eps=1e-12)
         self.text_dropout = nn.Dropout(config.text_dropout)
-        self.backbone = ResNet(config)
+        self.backbone = Backbone(config)
         self.image_projection = nn.Linear(config.stage_channels[-1], size)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.query_position = nn.Embedding(config.num_queries, size)
@@ -126,74 +131,89 @@ class MdetrModel(MdetrPreTrainedModel):
             attention_mask: (B, tokens), 1 for words and 0 for padding; None when nothing is padding.
             image_index: (B,) which image each sentence is about; None when sentence b is about image b. The trunk runs
                 once per image.
-            labels: as `loss_mdetr` describes them.
+            labels: as `loss_mdetr` describes them; without "boxes", those of measuring alone, there is no loss.
 
         Raises:
-            ValueError: with more sentences than images and no `image_index`.
+            ValueError: for sentences and images that are not one to one without an `image_index`; for labels with
+                another number of positions.
         """
-        if image_index is None and len(input_ids) != len(pixel_values):
-            raise ValueError(
-                f"{len(input_ids)} sentences in input_ids and {len(pixel_values)} images in pixel_values: pass "
-                "image_index, the position of each sentence's image"
-            )
-        pixels, seen, position = self._read_image(pixel_values, pixel_mask)
-        pixels, seen, position = (per_sentence(x, image_index) for x in (pixels, seen, position))
+        check_image_index(len(input_ids), len(pixel_values), image_index)
+        image = self._encode_image(pixel_values, pixel_mask)
+        pixels, mask, position = (per_sentence(x, image_index) for x in image)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         words = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.text_dropout(self.text_norm(self.text_projection(words)))
-        # Words have no position here: RoBERTa has told them apart.
+        # Positions of words are 0: RoBERTa has encoded their order.
         memory, position = torch.cat([pixels, words], dim=1), torch.cat([position, torch.zeros_like(words)], dim=1)
-        seen = torch.cat([seen, attention_mask.bool()], dim=1)[:, None, None]  # (B, 1, 1, tokens of both kinds)
+        mask = torch.cat([mask, attention_mask.bool()], dim=1)[:, None, None]  # (B, 1, 1, pixels + words)
         for layer in self.encoder:
-            memory = layer(memory, position, seen)
-        queries = self._decode(memory, position, seen)
+            memory = layer(memory, position, mask)
+        queries = self._decode(memory, position, mask)
         loss, terms = None, None
         with torch.autocast(pixel_values.device.type, enabled=False):
             dtype = self.token_head.weight.dtype
-            predictions = [self._predict(query.to(dtype)) for query in queries]
+            outputs = [self._heads(query.to(dtype)) for query in queries]
             words = memory[:, pixels.shape[1] :].to(dtype)
             proj_tokens = None if self.align_tokens is None else _unit(self.align_tokens, words)
-            if labels is not None:
-                loss, terms = grounding_loss(predictions, proj_tokens, labels, self.config)
+            if labels is not None and "boxes" in labels:
+                loss, terms = grounding_loss(outputs, proj_tokens, labels, self.config)
                 terms = {name: term.detach() for name, term in terms.items()}
-        auxiliary = tuple(predictions[:-1]) if self.config.auxiliary_loss else None
+        auxiliary = tuple(outputs[:-1]) if self.config.auxiliary_loss else None
         return MdetrOutput(
-            loss=loss, loss_terms=terms, **predictions[-1], proj_tokens=proj_tokens, auxiliary_outputs=auxiliary
+            loss=loss, loss_terms=terms, **outputs[-1], proj_tokens=proj_tokens, auxiliary_outputs=auxiliary
         )
 
-    def _read_image(
+    def _encode_image(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (images, pixels, hidden), which of them are no padding, and their positions."""
+        """Tokens (images, pixels, hidden), their padding mask (False on padding), and their positions."""
         dtype = self.image_projection.weight.dtype
         features = self.backbone(pixel_values.to(dtype))
         if pixel_mask is None:
             pixel_mask = torch.ones_like(pixel_values[:, 0])
-        seen = nn.functional.interpolate(pixel_mask[:, None].float(), features.shape[-2:])[:, 0].bool()
+        mask = nn.functional.interpolate(pixel_mask[:, None].float(), features.shape[-2:])[:, 0].bool()
         pixels = self.image_projection(features.flatten(2).transpose(1, 2))
-        return pixels, seen.flatten(1), sine_positions(seen, self.config.hidden_size).to(dtype)
+        return pixels, mask.flatten(1), sine_positions(mask, self.config.hidden_size).to(dtype)
 
-    def _decode(self, memory: torch.Tensor, position: torch.Tensor, seen: torch.Tensor) -> list[torch.Tensor]:
+    def _decode(self, memory: torch.Tensor, position: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
         """The last layer's queries (B, queries, hidden), or with `auxiliary_loss` those of all, first to last."""
-        place = self.query_position.weight
-        query = torch.zeros_like(place).expand(len(memory), -1, -1)
+        query_position = self.query_position.weight
+        query = torch.zeros_like(query_position).expand(len(memory), -1, -1)
         queries = []
         for layer in self.decoder:
-            query = layer(query, place, memory, position, seen)
+            query = layer(query, query_position, memory, position, mask)
             queries.append(query)
         return [self.decoder_norm(query) for query in (queries if self.config.auxiliary_loss else queries[-1:])]
 
-    def _predict(self, query: torch.Tensor) -> Prediction:
-        """(B, queries, hidden) -> what the heads say."""
-        prediction = {"logits": self.token_head(query), "pred_boxes": self.box_head(query).sigmoid()}
+    def _heads(self, query: torch.Tensor) -> LayerOutput:
+        """(B, queries, hidden) -> the outputs of the heads."""
+        output = {"logits": self.token_head(query), "pred_boxes": self.box_head(query).sigmoid()}
         if self.final_head is not None:
-            prediction["pred_isfinal"] = self.final_head(query)
+            output["pred_isfinal"] = self.final_head(query)
         if self.align_queries is not None:
-            prediction["proj_queries"] = _unit(self.align_queries, query)
-        return prediction
+            output["proj_queries"] = _unit(self.align_queries, query)
+        return output
+
+
+class Backbone(ResNet):
+    """A ResNet that gives the stride-32 feature map; with `freeze_stem`, stem and first stage are not trained."""
+
+    def __init__(self, config: MdetrConfig) -> None:
+        super().__init__(config.stem_channels, config.bottleneck_channels, config.stage_channels, config.depths)
+        self.freeze_stem = config.freeze_stem
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, height, width) -> (images, channels, height / 32, width / 32), both rounded up."""
+        # not by `requires_grad`, which `from_pretrained` does not restore
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_stem):
+            x = self.layers[0](self.stem(pixel_values))
+        for layer in self.layers[1:]:
+            x = layer(x)
+        return x.permute(0, 3, 1, 2)
 
 
 def _unit(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Projections of length 1."""
     return nn.functional.normalize(head(x), dim=-1)
 
 

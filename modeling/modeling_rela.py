@@ -1,4 +1,4 @@
-"""ReLA: segments whatever a sentence refers to in an image, one thing, many or none.
+"""ReLA: segments what a sentence refers to in an image, one object, several or none.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -18,42 +18,43 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rela import RelaConfig
-from .convolution_rela import FrozenBatchNorm
-from .fusion_rela import LanguageGate, full_precision, per_sentence
+from .fusion_rela import LanguageGate, full_precision
+from .image_index import check_image_index, per_sentence
 from .instances_rela import Choice, InstanceChooser, ObjectFinder, Objects
 from .loss_instances_rela import instance_loss
 from .loss_rela import category_loss, referring_loss
 from .pixel_decoder_rela import DeformableAttention, PixelDecoder
-from .region_decoder_rela import Heads, Prediction, RegionDecoder, RegionLanguage
+from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage, RegionOutput
+from .resnet import FrozenBatchNorm
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
 
 if TYPE_CHECKING:
-    from .pipeline_rela import ReferringSegmentationPipeline  # noqa: F401 (so that its file travels with the model)
+    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
-CERTAIN = 12.0  # no logit says more than this when two are added
-FAINT = 80.0  # exp(-FAINT) is a number in fp32 still
+MAX_LOGIT = 12.0  # two logits are clamped to +-MAX_LOGIT before they are added
+MIN_RELEVANCE = -80.0  # logit whose exp is still a normal number in fp32
 
 
 @dataclass
 class RelaOutput(ModelOutput):
-    """What `RelaModel` returns; B sentences, class 1 of every pair is the target (of `no_target_logits`: no target).
+    """Outputs of `RelaModel` for B sentences; class 1 of every pair is the target (of `no_target_logits`: no target).
 
     Args:
         loss: weighted sum, where labels were given.
         loss_terms: detached unweighted terms: "mask", "minimap", "no_target", "category", and the instance branch's
             "centre", "box", "giou", "instance_mask", "relevance", "count".
         pred_masks: (B, 2, height / 4, width / 4) logits; with `merge_instances` those of the chosen objects added.
-        no_target_logits: (B, 2); with `merge_instances` the objects' own verdict added: that none of them is relevant.
+        no_target_logits: (B, 2); with `merge_instances` the logit added that none of the objects is relevant.
         minimap_logits: (B, regions, 2).
         category_logits: (images, categories + 1, height / 4, width / 4), where the model has a category head.
         pred_boxes: (B, queries, 4) cxcywh relative to the processed image, 0..1; like the four below where the model
             has an instance branch.
         pred_scores: (B, queries), the probability that the sentence refers to the object: its relevance, given that
-            any object is relevant, x (1 - no target).
-        relevance_logits: (B, queries), each object's own, before the no-target verdict.
+            any object is relevant, times (1 - no-target score).
+        relevance_logits: (B, queries), each object's own, before the no-target score.
         instance_masks: (B, queries, height / 4, width / 4) logits of each object's own mask.
-        count_logits: (B, max_count + 1), number of targets, the last meaning "so many or more"; with a counting head.
+        count_logits: (B, max_count + 1), number of targets, the last one "or more"; with a counting head.
         text_hidden_state: (B, tokens, text channels).
         vision_hidden_states: backbone features at strides 4, 8, 16, 32, (B, channels, height, width); one per image
             instead of per sentence where the backbone ignores language.
@@ -81,13 +82,15 @@ class RelaOutput(ModelOutput):
 
 
 class RelaPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what transformers needs to know of the network."""
+
     config_class = RelaConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Loaded in half precision, these stay in fp32: rounding errors in words, sampling points and mask products grow on
-    # their way to the mask, and together they are a fraction of the work.
+    # Loaded in half precision, these stay in fp32: rounding errors in words, sampling points and mask products are
+    # enlarged on the way to the mask, and these modules are a small part of the computation.
     _keep_in_fp32_modules_strict = ("text_encoder", "pixel_decoder", "heads", "object_finder", "instance_chooser")
 
     @torch.no_grad()
@@ -111,13 +114,13 @@ class RelaPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.relative_position_bias_table, std=0.02)
             init.copy_(module.relative_position_index, relative_position_index(module.window))
         elif isinstance(module, RegionLanguage):
-            init.zeros_(module.gate)
+            init.zeros_(module.region_gate)
         elif isinstance(module, InstanceChooser):
-            init.ones_(module.trust)
+            init.ones_(module.region_weight)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers does it, then the modules it skips in custom code: those without parameters of their own."""
+        """Initialise as transformers does, then the modules it skips in custom code: those without own parameters."""
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, LanguageGate):
@@ -127,8 +130,8 @@ class RelaPreTrainedModel(PreTrainedModel):
 
 
 class RelaModel(RelaPreTrainedModel):
-    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder, a region decoder, and where the
-    configuration asks for them a category head and an instance branch."""
+    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder, a region decoder; a category head
+    and an instance branch where the configuration has them."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__(config)
@@ -140,7 +143,7 @@ class RelaModel(RelaPreTrainedModel):
         self.object_finder = ObjectFinder(config) if config.num_instance_queries else None
         self.instance_chooser = InstanceChooser(config) if config.num_instance_queries else None
         self.post_init()
-        self.vision_encoder.look_at_gates()
+        self.vision_encoder.check_gates()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_encoder.get_input_embeddings()
@@ -158,7 +161,7 @@ class RelaModel(RelaPreTrainedModel):
         labels: dict[str, torch.Tensor] | None = None,
         output_hidden_states: bool = False,
     ) -> RelaOutput:
-        """Masks and no-target verdicts for B sentences about a number of images.
+        """Masks and no-target logits for B sentences about a number of images.
 
         Args:
             pixel_values: (images, 3, height, width), normalised.
@@ -172,16 +175,12 @@ class RelaModel(RelaPreTrainedModel):
             output_hidden_states: also return the text, backbone and pixel decoder features.
 
         Raises:
-            ValueError: without sentences nor categories; with more sentences than images and no `image_index`; with
-                categories the model cannot learn.
+            ValueError: without both sentences and categories; for sentences and images that are not one to one without
+                an `image_index`; with categories in the labels and no category head.
         """
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
-        if image_index is None and len(input_ids) != len(pixel_values):
-            raise ValueError(
-                f"{len(input_ids)} sentences in input_ids and {len(pixel_values)} images in pixel_values: pass "
-                "image_index, the position of each sentence's image"
-            )
+        check_image_index(len(input_ids), len(pixel_values), image_index)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         dtype = _dtype(self.vision_encoder)
@@ -192,31 +191,29 @@ class RelaModel(RelaPreTrainedModel):
             mask_features, *levels = (per_sentence(x, image_index) for x in (mask_features, *levels))
         dtype, every_layer = _dtype(self.region_decoder), self.config.auxiliary_loss and labels is not None
         levels, text = [x.to(dtype) for x in levels], text.to(dtype)
-        predictions = self.region_decoder(levels, mask_features, text, attention_mask, every_layer)
+        regions = self.region_decoder(levels, mask_features, text, attention_mask, every_layer)
         category_logits = self._categories(stages)
         objects, choice = None, None
         if self.object_finder is not None:
             objects = self._objects(pixel_values, stages)
             with torch.autocast(pixel_values.device.type, enabled=False):
                 words = text.to(_dtype(self.instance_chooser))
-                choice = self.instance_chooser(
-                    objects, predictions[-1], mask_features, words, attention_mask, image_index
-                )
+                choice = self.instance_chooser(objects, regions[-1], mask_features, words, attention_mask, image_index)
         loss, terms = None, None
         if labels is not None:
-            loss, terms = referring_loss(predictions, labels["masks"], labels["no_target"], self.config)
+            loss, terms = referring_loss(regions, labels["masks"], labels["no_target"], self.config)
             if "categories" in labels:
                 terms["category"] = self._category_loss(category_logits, labels["categories"])
                 loss = loss + self.config.category_loss_weight * terms["category"]
             if objects is not None and "object_boxes" in labels:
-                part, found = instance_loss(objects, choice, labels, image_index, self.config)
-                loss, terms = loss + part, terms | found
+                instance, instance_terms = instance_loss(objects, choice, labels, image_index, self.config)
+                loss, terms = loss + instance, terms | instance_terms
             loss, terms = loss * self.config.loss_scale, {name: term.detach() for name, term in terms.items()}
         return RelaOutput(
             loss=loss,
             loss_terms=terms,
-            **self._answers(predictions[-1], objects, choice, image_index),
-            minimap_logits=predictions[-1].minimap,
+            **self._answers(regions[-1], objects, choice, image_index),
+            minimap_logits=regions[-1].minimap,
             category_logits=category_logits,
             text_hidden_state=text if output_hidden_states else None,
             vision_hidden_states=tuple(features) if output_hidden_states else None,
@@ -225,8 +222,10 @@ class RelaModel(RelaPreTrainedModel):
         )
 
     def _vision_only(self, pixel_values: torch.Tensor, labels: dict[str, torch.Tensor] | None) -> RelaOutput:
-        labels, boxed = labels or {}, self.object_finder is not None and "object_boxes" in (labels or {})
-        if "categories" not in labels and not boxed:
+        """Train the vision trunk, and the object finder where there is one, without sentences."""
+        labels = labels or {}
+        has_boxes = self.object_finder is not None and "object_boxes" in labels
+        if "categories" not in labels and not has_boxes:
             raise ValueError(
                 'input_ids is None: pass sentences, or labels["categories"] (or with an instance branch '
                 'labels["object_boxes"]) to train the vision trunk alone'
@@ -236,40 +235,41 @@ class RelaModel(RelaPreTrainedModel):
         if "categories" in labels:
             terms["category"] = self._category_loss(logits, labels["categories"])
             loss = loss + self.config.category_loss_weight * terms["category"]
-        if boxed:
-            part, found = instance_loss(self._objects(pixel_values, stages), None, labels, None, self.config)
-            loss, terms = loss + part, terms | found
+        if has_boxes:
+            objects = self._objects(pixel_values, stages)
+            instance, instance_terms = instance_loss(objects, None, labels, None, self.config)
+            loss, terms = loss + instance, terms | instance_terms
         terms = {name: term.detach() for name, term in terms.items()}
         return RelaOutput(loss=loss * self.config.loss_scale, loss_terms=terms, category_logits=logits)
 
     def _objects(self, pixel_values: torch.Tensor, stages: list[torch.Tensor] | None) -> Objects:
-        """What is in the images, by a trunk that has not seen any sentence: where gates are open it runs once more."""
+        """The objects of the images. Where gates are open, the trunk runs once more, without language."""
         if stages is None:
             stages = self.vision_encoder.stages(pixel_values.to(_dtype(self.vision_encoder)))
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.object_finder([x.to(_dtype(self.object_finder)) for x in stages])
 
     def _answers(
-        self, regions: Prediction, objects: Objects | None, choice: Choice | None, image_index: torch.Tensor | None
+        self, regions: RegionOutput, objects: Objects | None, choice: Choice | None, image_index: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """What `RelaOutput` says of masks, of "none", and with an instance branch of instances."""
+        """Masks, no-target logits, and the outputs of the instance branch, by their names in `RelaOutput`."""
         if objects is None:
             return {"pred_masks": regions.masks, "no_target_logits": regions.no_target}
         relevance, masks = full_precision(choice.relevance[-1]), per_sentence(objects.masks, image_index)
         merged, no_target = regions.masks, regions.no_target
-        # log-probabilities: that no object is meant, that any is, and of each object given that any is
-        relevance = relevance.clamp(min=-FAINT)
+        # log-probabilities that no object is relevant and that any is; then each object's probability given any
+        relevance = relevance.clamp(min=MIN_RELEVANCE)
         none = nn.functional.logsigmoid(-relevance).sum(1, keepdim=True)
         some = (-none.expm1()).log()
-        meant = (nn.functional.logsigmoid(relevance) - some).exp()
+        given_any = (nn.functional.logsigmoid(relevance) - some).exp()
         if self.config.merge_instances:
-            found = masks.masked_fill(meant[..., None, None] <= 0.5, -CERTAIN).amax(1)
-            merged, no_target = _sum(_margin(merged), found), _sum(_margin(no_target), (none - some)[:, 0])
+            chosen = masks.masked_fill(given_any[..., None, None] <= 0.5, -MAX_LOGIT).amax(1)
+            merged, no_target = _sum(_margin(merged), chosen), _sum(_margin(no_target), (none - some)[:, 0])
         return {
             "pred_masks": merged,
             "no_target_logits": no_target,
             "pred_boxes": per_sentence(objects.boxes, image_index),
-            "pred_scores": meant * (1 - full_precision(no_target).softmax(-1)[:, 1:]),
+            "pred_scores": given_any * (1 - full_precision(no_target).softmax(-1)[:, 1:]),
             "relevance_logits": choice.relevance[-1],
             "instance_masks": masks,
             "count_logits": choice.counts,
@@ -283,7 +283,7 @@ class RelaModel(RelaPreTrainedModel):
             raise ValueError(
                 'labels["categories"] given to a model without language-free category features '
                 f"(num_categories={self.config.num_categories}, gates "
-                f"{'closed' if self.vision_encoder.gates_closed else 'open'}): set num_categories, or leave them out"
+                f"{'closed' if self.vision_encoder.gates_closed else 'open'}): set num_categories or omit categories"
             )
         return category_loss(logits, categories)
 
@@ -294,9 +294,9 @@ def _margin(pair: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Two witnesses' logits (B, ...) of one thing -> logits of two classes (B, 2, ...)."""
-    both = first.clamp(-CERTAIN, CERTAIN) + second.clamp(-CERTAIN, CERTAIN)
-    return torch.stack([-both / 2, both / 2], dim=1)
+    """The sum of two binary logits (B, ...), each clamped, as logits of two classes (B, 2, ...)."""
+    total = first.clamp(-MAX_LOGIT, MAX_LOGIT) + second.clamp(-MAX_LOGIT, MAX_LOGIT)
+    return torch.stack([-total / 2, total / 2], dim=1)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Pixel decoder: multi-scale deformable attention over strides 8, 16 and 32, then one pyramid step to stride 4.
 
-Source: Mask2Former (CVPR 2022) section 3.2 and the original msdeformattn.py; pure torch, no compiled op.
+Source: Mask2Former (CVPR 2022) section 3.2 and the original msdeformattn.py; in torch without a compiled op.
 """
 
 import math
@@ -15,7 +15,7 @@ from .fusion_rela import one_by_one
 
 
 class PixelDecoder(nn.Module):
-    """Turns backbone features into mask features and a three-level memory. Meant to run in fp32."""
+    """Turns backbone features into mask features and a three-level memory; runs in fp32."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DeformableLayer(GradientCheckpointingLayer):
 
 
 class DeformableAttention(nn.Module):
-    """Each pixel gathers a few learned points on every level. Source: Deformable DETR (ICLR 2021), equation 3."""
+    """Each pixel samples a few learned points on every level. Source: Deformable DETR (ICLR 2021), equation 3."""
 
     def __init__(self, size: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ class DeformableAttention(nn.Module):
         sides = torch.tensor([(width, height) for height, width in shapes], device=query.device, dtype=query.dtype)
         offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
         # Reference points are pixel centres; on a level of width w, coordinate u of 0..1 lies at pixel u * w - 0.5.
-        places = pixel_centres(shapes, query)[:, None, None, None] * sides[:, None] - 0.5 + offsets
+        points = pixel_centres(shapes, query)[:, None, None, None] * sides[:, None] - 0.5 + offsets
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.levels, self.points))
         values = self.value(pixels).unflatten(-1, (self.heads, -1))
-        return self.out(gather_points(values, shapes, places, weights).flatten(2))
+        return self.out(gather_points(values, shapes, points, weights).flatten(2))
 
     def reset(self) -> None:
-        """Heads look in evenly spread directions, point p at distance p + 1; equal weights."""
+        """Initialise: heads sample in evenly spread directions, point p at distance p + 1, with equal weights."""
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -119,45 +119,49 @@ class DeformableAttention(nn.Module):
 
 
 def gather_points(
-    values: torch.Tensor, shapes: list[tuple[int, int]], places: torch.Tensor, weights: torch.Tensor
+    values: torch.Tensor, shapes: list[tuple[int, int]], points: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of bilinear samples, zero outside the maps.
+    """Weighted sum of bilinear samples, zero outside the maps, by one `embedding_bag` over all levels.
 
     Args:
         values: (batch, pixels of all levels, heads, channels).
         shapes: (height, width) of each level.
-        places: (batch, queries, heads, levels, points, 2) x and y in pixels of each level.
+        points: (batch, queries, heads, levels, points, 2) x and y in pixels of each level.
         weights: (batch, queries, heads, levels, points).
 
     Returns:
         (batch, queries, heads, channels).
     """
     batch, _, heads, channels = values.shape
-    # Each level lies in a ring of zeros: what is outside lands on the ring, and no point has to be masked.
+    # 1. A table with one row per pixel. Each level is padded with zeros by one pixel on all sides, so that a point
+    # outside of a map samples zeros and needs no mask.
     levels = zip(values.split([height * width for height, width in shapes], dim=1), shapes, strict=True)
-    rings = [nn.functional.pad(x.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2) for x, shape in levels]
-    # Beyond the ring of the last level, a row for the neighbours of its corner; their share is nothing.
-    table = torch.cat([*rings, values.new_zeros(batch, shapes[-1][1] + 4, heads, channels)], dim=1)
+    padded = [nn.functional.pad(x.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2) for x, shape in levels]
+    # Rows after the last level, for the right and lower neighbours of its last pixel; their weight is 0.
+    table = torch.cat([*padded, values.new_zeros(batch, shapes[-1][1] + 4, heads, channels)], dim=1)
+    # 2. Row of pixel (x, y) of a level: y * stride + x + start.
     stride = [width + 2 for _, width in shapes]
     start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
     whole = {"device": values.device, "dtype": torch.int32}
     per_level = torch.tensor([stride, start, *zip(*shapes, strict=True)], **whole)[..., None]
-    stride, start, height, width = per_level.expand(-1, -1, places.shape[-2]).flatten(1)  # (levels * points,) each
-    x, y = (place.flatten(3) for place in places.unbind(-1))
+    stride, start, height, width = per_level.expand(-1, -1, points.shape[-2]).flatten(1)  # (levels * points,) each
+    x, y = (coordinate.flatten(3) for coordinate in points.unbind(-1))
     x, y = (u.clamp(min=torch.full_like(side, -1), max=side) for u, side in ((x, width), (y, height)))
     left, top = x.detach().floor(), y.detach().floor()
-    # One embedding bag per query and head: rows of the table are (batch, ringed pixel, head).
+    # 3. One bag per query and head. Rows of the flattened table are ordered (sample, padded pixel, head).
     first = torch.arange(batch, **whole)[:, None] * table.shape[1] * heads
     first = (first + torch.arange(heads, **whole))[:, None, :, None]
-    corner = (top.int() * stride + left.int() + start) * heads + first  # (batch, queries, heads, levels * points)
+    top_left = (top.int() * stride + left.int() + start) * heads + first  # (batch, queries, heads, levels * points)
+    # From the top left pixel to the four pixels around the point: itself, right, below, below right.
     steps = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
-    right, low = x - left, (y - top) * weights.flatten(3)
-    high = weights.flatten(3) - low
-    shares = torch.stack([high - high * right, high * right, low - low * right, low * right], dim=-2)
+    # 4. Bilinear weights of the four pixels, times the attention weight of the point.
+    right, lower = x - left, (y - top) * weights.flatten(3)
+    upper = weights.flatten(3) - lower
+    bilinear = torch.stack([upper - upper * right, upper * right, lower - lower * right, lower * right], dim=-2)
     sums = nn.functional.embedding_bag(
-        (corner[..., None, :] + steps).flatten(3).flatten(0, 2),
+        (top_left[..., None, :] + steps).flatten(3).flatten(0, 2),
         table.reshape(-1, channels),
-        per_sample_weights=shares.flatten(3).flatten(0, 2),
+        per_sample_weights=bilinear.flatten(3).flatten(0, 2),
         mode="sum",
     )
     return sums.view(batch, -1, heads, channels)
@@ -179,8 +183,8 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
     frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2) / half)
     halves = []
     for side in (height, width):
-        place = torch.arange(1, side + 1, device=device) / (side + 1e-6) * (2 * math.pi)
-        angle = place[:, None] / frequency
+        position = torch.arange(1, side + 1, device=device) / (side + 1e-6) * (2 * math.pi)
+        angle = position[:, None] / frequency
         halves.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=-1).flatten(1))
     y = halves[0][:, None].expand(-1, width, -1)
     x = halves[1][None, :].expand(height, -1, -1)
@@ -188,7 +192,7 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
 
 
 def _top_down(levels: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Adds each level, coarse first, to the next finer one."""
+    """Add each level, coarse first, to the next finer one."""
     merged = [levels[0]]
     for level in levels[1:]:
         merged.append(_upsample_add(level, merged[-1]))

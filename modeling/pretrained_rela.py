@@ -1,7 +1,7 @@
-"""Starts training from published single-modality weights: an ImageNet backbone and a language model.
+"""Loads published single-modality weights to start training from: an ImageNet backbone and a language model.
 
-`load_backbone` knows Swin weights in the official, timm and transformers key styles (both of the latter two's), and
-ResNet weights in detectron2's and torchvision's; position tables of another window size are interpolated.
+`load_backbone` reads Swin weights with the official key names, timm's and transformers' (old and new), and ResNet
+weights with detectron2's and torchvision's; position tables of another window size are interpolated.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertModel
 
 from .modeling_rela import RelaModel
-from .weight_files_rela import Rules, read_weights, rename
+from .weight_files import Rules, read_weights, rename
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
@@ -36,26 +36,26 @@ def load_backbone(model: RelaModel, source: str | Path) -> None:
 
     Args:
         model: with a "swin" or "resnet" trunk of the same sizes; the window may differ.
-        source: a weight file; a folder or a Hub id with model.safetensors or pytorch_model.bin.
+        source: a weight file, or a folder or Hub id with model.safetensors or pytorch_model.bin.
 
     Raises:
         ValueError: when the source cannot be read or does not fill the trunk.
     """
-    found = read_weights(_locate(source))
-    renamed = _swin_names(found) if model.config.backbone == "swin" else _resnet_names(found)
+    weights = read_weights(_locate(source))
+    renamed = _swin_names(weights) if model.config.backbone == "swin" else _resnet_names(weights)
     trunk = model.vision_encoder.trunk
-    wanted = trunk.state_dict()
+    ours = trunk.state_dict()
     for name, value in renamed.items():
-        if name.endswith("relative_position_bias_table") and name in wanted and value.shape != wanted[name].shape:
+        if name.endswith("relative_position_bias_table") and name in ours and value.shape != ours[name].shape:
             renamed[name] = resize_position_table(value, model.config.window_size)
-    wrong = [name for name, value in wanted.items() if name not in renamed or renamed[name].shape != value.shape]
+    wrong = [name for name, value in ours.items() if name not in renamed or renamed[name].shape != value.shape]
     if wrong:
         raise ValueError(
-            f"{source} does not fill the {model.config.backbone} trunk: {len(wrong)} of {len(wanted)} weights are "
+            f"{source} does not fill the {model.config.backbone} trunk: {len(wrong)} of {len(ours)} weights are "
             f"missing or of another shape, {wrong[0]} first. Name a backbone of depths {model.config.depths} and "
             f"channels {model.config.stage_channels}"
         )
-    trunk.load_state_dict({name: renamed[name] for name in wanted})
+    trunk.load_state_dict({name: renamed[name] for name in ours})
 
 
 def load_text_encoder(model: RelaModel, source: str | Path) -> None:
@@ -81,7 +81,7 @@ def resize_position_table(table: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def _locate(source: str | Path) -> Path:
-    """The weight file of a file, a folder or a Hub repository; older repositories have the second kind alone."""
+    """The weight file of a file, folder or Hub repository; older ones have only the second of `WEIGHT_FILES`."""
     path = Path(source)
     if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".pkl", ".safetensors"):
         return path
@@ -93,17 +93,17 @@ def _locate(source: str | Path) -> Path:
         return Path(hf_hub_download(str(source), WEIGHT_FILES[1]))
 
 
-def _swin_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official names, with each merging at the start of the stage after it; three-part projections are joined."""
-    bare = {re.sub(r"^(backbone\.|swin\.)?(encoder\.)?", "", name): value for name, value in found.items()}
-    late = "layers.0.downsample.norm.weight" in bare
+def _swin_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The official names, but each patch merging is part of the stage after it; separate q, k and v are joined."""
+    bare = {re.sub(r"^(backbone\.|swin\.)?(encoder\.)?", "", name): value for name, value in weights.items()}
+    merges_at_end = "layers.0.downsample.norm.weight" in bare
     renamed, parts = {}, {}
     for name, value in bare.items():
         name = name.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
         name = name.replace("embeddings.norm", "patch_embed.norm")
         for theirs, ours in _HF_PARTS.items():
             name = re.sub(rf"(blocks\.\d+)\.{re.escape(theirs)}(?=\.|$)", rf"\1.{ours}", name)
-        if late:
+        if merges_at_end:
             name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
         split = re.fullmatch(r"(.+)\.attention\.(?:self\.)?(\w+)\.(weight|bias)", name)
         if split and split[2] in _ATTENTION:
@@ -129,6 +129,6 @@ _RESNET_RULES: Rules = [
 ]
 
 
-def _resnet_names(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {rename(name.removeprefix("backbone."), _RESNET_RULES): value for name, value in found.items()}
+def _resnet_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {rename(name.removeprefix("backbone."), _RESNET_RULES): value for name, value in weights.items()}
     return {name: value for name, value in renamed.items() if name is not None}

@@ -1,167 +1,201 @@
-"""Images and sentences to MDETR's inputs, expression rows to its training batches, and its outputs back to boxes."""
+"""MDETR's processor: images and sentences to model inputs, rows to batches, and outputs to boxes."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .boxes import cxcywh_to_xyxy, xywh_to_xyxy
+from .configuration_mdetr import MdetrConfig
 from .image_processing_mdetr import MdetrImageProcessor
-from .loss_mdetr import corners
-from .processing_rela import RelaProcessor, detection_labels
+from .referring_processor import (
+    BASE_COLUMNS,
+    Batch,
+    Outputs,
+    ReferringProcessor,
+    check_sizes,
+    group_by_image,
+    measuring_labels,
+)
 from .root_noun_mdetr import Span, root_nouns
 
-NUM_POSITIONS = 256
 
-
-class MdetrProcessor(RelaProcessor):
-    """Image processor and tokenizer in one; pairs images and sentences as `RelaProcessor` does.
+class MdetrProcessor(ReferringProcessor):
+    """Image processor and tokenizer in one; see `ReferringProcessor`.
 
     Args:
         image_processor: resizes, normalises and pads.
         tokenizer: RoBERTa's, or another fast one.
+        num_positions: of the model's configuration; also the most tokens of a sentence.
+        no_target_threshold: see `ReferringProcessor`. At 0.5 it changes nothing for box thresholds of 0.5 or more.
     """
 
+    output_names: ClassVar[tuple[str, ...]] = ("logits", "pred_boxes")
+
     def __init__(
-        self, image_processor: MdetrImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs: object
+        self,
+        image_processor: MdetrImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        num_positions: int = 256,
+        no_target_threshold: float = 0.5,
+        **kwargs: object,
     ) -> None:
-        super().__init__(image_processor, tokenizer, max_length=NUM_POSITIONS)
+        super().__init__(image_processor, tokenizer, no_target_threshold)
+        self.num_positions = num_positions
 
     def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
         encoding = self.tokenizer(
-            sentences, padding="longest", truncation=True, max_length=self.max_length, return_tensors="np"
+            sentences, padding="longest", truncation=True, max_length=self.num_positions, return_tensors="np"
         )
         return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
+    def collator(
+        self,
+        config: MdetrConfig | None = None,
+        text_column: str = "sentence",
+        category_ids: Sequence[int] = (),
+        training: bool = False,
+    ) -> "MdetrCollator":
+        """See `ReferringProcessor`; MDETR learns no categories, and `category_ids` are not used.
+
+        Raises:
+            ValueError: when processor and model differ in the number of positions.
+        """
+        if config is not None and config.num_positions != self.num_positions:
+            raise ValueError(
+                f"num_positions={self.num_positions} of the processor differs from num_positions="
+                f"{config.num_positions} of the model: make the processor with the model's"
+            )
+        return MdetrCollator(self, text_column, training)
+
+    def columns(self, training: bool, config: MdetrConfig | None = None) -> list[str]:
+        """See `ReferringProcessor`. In training, objects tell which targets are crowds."""
+        return [*BASE_COLUMNS, "boxes", *(["objects"] if training else [])]
+
     def positive_map(self, sentence: str, spans: Sequence[Span]) -> torch.Tensor:
-        """(256,) distribution over the sentence's tokens, equal on those that touch `spans` and 0 elsewhere.
+        """(num_positions,) distribution over the sentence's tokens, equal on those that touch `spans`, else 0.
 
         A span that begins or ends between tokens is moved inwards by up to two characters, as in the original
-        `create_positive_map`; one that still meets no token is left out.
+        `create_positive_map`; one that still meets no token is ignored.
 
         Args:
-            sentence: what the spans count in.
+            sentence: the text to which the spans refer.
             spans: (start, end) in characters.
         """
-        encoding = self.tokenizer(sentence, truncation=True, max_length=self.max_length)
-        found = torch.zeros(NUM_POSITIONS)
+        encoding = self.tokenizer(sentence, truncation=True, max_length=self.num_positions)
+        weights = torch.zeros(self.num_positions)
         for start, end in spans:
             first = _first_token(encoding.char_to_token, (start, start + 1, start + 2))
             last = _first_token(encoding.char_to_token, (end - 1, end - 2, end - 3))
             if first is not None and last is not None:
-                found[first : last + 1] = 1
-        return found / (found.sum() + 1e-6)
+                weights[first : last + 1] = 1
+        return weights / (weights.sum() + 1e-6)
 
-    def post_process_grec(
-        self,
-        outputs: object,
-        threshold: float = 0.7,
-        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
-    ) -> list[dict[str, torch.Tensor]]:
-        """The boxes each sentence refers to; none where it refers to nothing.
+    def no_target_scores(self, outputs: Outputs) -> torch.Tensor:
+        """(B,) 0..1: one minus the score of the best query, so that a sentence has a target when any query has."""
+        return outputs["logits"].float().softmax(-1)[..., -1].amin(-1)
 
-        A score is the probability that a query is an object at all. A score of float32's 0.7 is below the threshold
-        0.7, as in the GREC metric.
+    def mask_logits(self, outputs: Outputs) -> NoReturn:
+        """Raises ValueError: MDETR has no masks."""
+        raise ValueError("MDETR answers with boxes; use post_process_referring_detection")
 
-        Args:
-            outputs: `MdetrOutput` of B sentences.
-            threshold: boxes that score at least this are kept.
-            target_sizes: B (height, width) of the original images in pixels; None leaves boxes relative, 0..1.
-
-        Returns:
-            for each sentence {"boxes": (n, 4) xyxy in pixels, "scores": (n,)}, in the order of the queries; where the
-            model has that head also "scores_refexp" (n,), scores times the probability that the sentence is finally
-            about the box.
-
-        Raises:
-            ValueError: when there are not as many sizes as sentences.
-        """
-        boxes = corners(outputs.pred_boxes.float())
-        scores = 1 - outputs.logits.float().softmax(-1)[..., -1]
-        if target_sizes is not None:
-            sizes = torch.as_tensor(target_sizes, dtype=boxes.dtype, device=boxes.device).reshape(-1, 2)
-            if len(sizes) != len(boxes):
-                raise ValueError(
-                    f"{len(sizes)} target_sizes for {len(boxes)} sentences: pass one (height, width) each"
-                )
-            boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
-        found = {"boxes": boxes, "scores": scores}
-        if outputs.pred_isfinal is not None:
-            found["scores_refexp"] = scores * outputs.pred_isfinal.float().sigmoid()[..., 0]
-        kept = scores.double() >= threshold
-        return [{name: value[b][kept[b]] for name, value in found.items()} for b in range(len(boxes))]
+    def post_process_referring_segmentation(self, outputs: Outputs, *args: object, **kwargs: object) -> NoReturn:
+        """Raises ValueError: MDETR has no masks."""
+        self.mask_logits(outputs)
 
     def post_process_referring_detection(
         self,
-        outputs: object,
-        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        outputs: Outputs,
         threshold: float = 0.7,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None = None,
+        no_target_threshold: float | None = None,
     ) -> list[dict[str, object]]:
-        """As `post_process_grec`, under the name and with the answer that `RelaProcessor` has for boxes too.
+        """See `ReferringProcessor`. The score of a query is the probability that it is an object at all.
+
+        As in the published evaluation, boxes are kept by their score alone, and a sentence without box has no target.
+        Besides, it has none where its no-target score is greater than the threshold. A score of float32's 0.7 is below
+        the threshold 0.7, as in the GREC metric.
 
         Returns:
-            for each sentence {"boxes", "scores", "no_target"}: no target where no box is kept.
+            boxes are in pixels, or relative to the image (0..1) without `target_sizes`, in the order of the queries;
+            where the model has that head also "scores_refexp" (n,), scores times the probability that the sentence is
+            finally about the box.
         """
-        answers = self.post_process_grec(outputs, threshold, target_sizes)
-        return [{**answer, "no_target": not len(answer["boxes"])} for answer in answers]
+        boxes = cxcywh_to_xyxy(outputs["pred_boxes"].float())
+        scores = 1 - outputs["logits"].float().softmax(-1)[..., -1]
+        if target_sizes is not None:
+            sizes = boxes.new_tensor(check_sizes(target_sizes, len(boxes)))
+            boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): width, height, width, height
+        queries = {"boxes": boxes, "scores": scores}
+        if "pred_isfinal" in outputs:
+            queries["scores_refexp"] = scores * outputs["pred_isfinal"].float().sigmoid()[..., 0]
+        limit = self.no_target_threshold if no_target_threshold is None else no_target_threshold
+        results = []
+        for b, score in enumerate(self.no_target_scores(outputs).tolist()):
+            above = scores[b].double() >= threshold
+            result = {name: value[b][above] for name, value in queries.items()}
+            results.append({**result, "no_target": score > limit or not above.any().item(), "no_target_score": score})
+        return results
 
 
 class MdetrCollator:
-    """Expression rows of `grefcoco.load` to a training batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
 
     A sentence without target has no box: every query then learns "no object". Crowds, which the published training
-    leaves out of the targets, are known where rows hold `objects`.
+    excludes from the targets, are known where rows hold `objects`.
 
     Args:
         processor: makes the model inputs.
         text_column: "sentence", as published, or "raw".
+        training: whether to add the labels of the loss.
     """
 
-    def __init__(self, processor: MdetrProcessor, text_column: str = "sentence") -> None:
+    def __init__(self, processor: MdetrProcessor, text_column: str = "sentence", training: bool = True) -> None:
         self.processor = processor
         self.text_column = text_column
+        self.training = training
 
-    def __call__(self, rows: Sequence[dict]) -> dict[str, object]:
-        """Batch of `MdetrModel.forward` inputs, with the labels that `loss_mdetr` and `detection_labels` describe."""
-        first = {}
-        for row in rows:
-            first.setdefault(row["image_id"], row)
-        places = {image_id: i for i, image_id in enumerate(first)}
-        sentences = [row[self.text_column] for row in rows]
+    def __call__(self, rows: Sequence[dict]) -> Batch:
+        """Batch of `MdetrModel.forward` inputs with `labels`: those of `measuring_labels` and of `loss_mdetr`."""
+        images, image_index = group_by_image(rows)
         batch = self.processor(
-            images=[row["image"] for row in first.values()],
-            text=sentences,
-            image_index=[places[row["image_id"]] for row in rows],
+            images=[row["image"] for row in images],
+            text=[row[self.text_column] for row in rows],
+            image_index=image_index,
         )
+        loss_labels = self._loss_labels(rows) if self.training else {}
+        return {**batch, "labels": {**measuring_labels(rows), **loss_labels}}
+
+    def _loss_labels(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Labels of `grounding_loss`. The sentence is finally about all of its boxes: it has no others."""
         targets = [relative_boxes(row) for row in rows]
         boxes = torch.zeros(len(rows), max(map(len, targets)), 4)
-        positive_map = torch.zeros(*boxes.shape[:2], NUM_POSITIONS)
-        for b, (found, sentence) in enumerate(zip(targets, sentences, strict=True)):
-            boxes[b, : len(found)] = found
-            positive_map[b, : len(found)] = self.processor.positive_map(sentence, root_nouns(sentence))
-        labels = {
-            "boxes": boxes,
-            "positive_map": positive_map,
-            "num_targets": torch.tensor([len(found) for found in targets]),
-            "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
-            **detection_labels(rows),
-        }
-        return {**batch, "labels": labels}
+        positive_map = torch.zeros(*boxes.shape[:2], self.processor.num_positions)
+        is_final = torch.zeros(boxes.shape[:2])
+        for b, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            sentence, real = row[self.text_column], slice(len(target))
+            boxes[b, real], is_final[b, real] = target, 1
+            positive_map[b, real] = self.processor.positive_map(sentence, root_nouns(sentence))
+        num_boxes = torch.tensor([len(target) for target in targets])
+        return {"boxes": boxes, "positive_map": positive_map, "is_final": is_final, "num_boxes": num_boxes}
 
 
 def relative_boxes(row: dict) -> torch.Tensor:
-    """(targets, 4) cxcywh, 0..1, of an expression row: cut to the image, without crowds and boxes of no area."""
+    """(targets, 4) cxcywh, 0..1, of an expression row: clipped to the image, without crowds and boxes of no area."""
     crowds = {item["ann_id"] for item in row.get("objects", ()) if item["iscrowd"]}
     boxes = [box for box, ann_id in zip(row["boxes"], row["ann_ids"], strict=True) if ann_id not in crowds]
     size = torch.tensor([row["width"], row["height"]], dtype=torch.float32)
-    low, extent = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4).split(2, dim=1)
-    low, high = (torch.minimum(corner.clamp(min=0), size) / size for corner in (low, low + extent))
+    boxes = xywh_to_xyxy(torch.tensor(boxes, dtype=torch.float32).view(-1, 4))
+    low, high = (torch.minimum(point.clamp(min=0), size) / size for point in boxes.split(2, dim=1))
     return torch.cat([(low + high) / 2, high - low], dim=1)[(high > low).all(1)]
 
 
 def _first_token(char_to_token: Callable[[int], int | None], characters: Iterable[int]) -> int | None:
-    found = (char_to_token(character) for character in characters if character >= 0)
-    return next((token for token in found if token is not None), None)
+    """The first of these characters' tokens."""
+    tokens = (char_to_token(character) for character in characters if character >= 0)
+    return next((token for token in tokens if token is not None), None)
 
 
 MdetrProcessor.register_for_auto_class("AutoProcessor")

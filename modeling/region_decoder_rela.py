@@ -1,4 +1,4 @@
-"""Region decoder: a grid of region queries that look at the image, once at the sentence, and at each other.
+"""Region decoder: a grid of region queries that attend to the image, once to the sentence, and to each other.
 
 Source: GRES (CVPR 2023) section 4 and the original referring_transformer_decoder.py.
 """
@@ -10,22 +10,24 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_rela import Attention
+from .attention import Attention
 from .configuration_rela import RelaConfig
 from .fusion_rela import full_precision
 from .pixel_decoder_rela import sine_positions
 
 
-class Prediction(NamedTuple):
-    """What the heads say of a batch of sentences; class 1 of each pair is target, of `no_target` "nothing here"."""
+class RegionOutput(NamedTuple):
+    """Outputs of the heads for a batch of sentences; class 1 of each pair is "target", of `no_target` "no target"."""
 
     masks: torch.Tensor  # (batch, 2, height / 4, width / 4)
     minimap: torch.Tensor  # (batch, regions, 2)
     no_target: torch.Tensor  # (batch, 2)
-    regions: torch.Tensor  # (batch, regions, hidden), what the three are made of
+    regions: torch.Tensor  # (batch, regions, hidden) from which the three are computed
 
 
 class RegionDecoder(nn.Module):
+    """`decoder_layers` region layers that cycle through strides 32, 16 and 8, and the heads."""
+
     def __init__(self, config: RelaConfig) -> None:
         super().__init__()
         self.config = config
@@ -37,7 +39,7 @@ class RegionDecoder(nn.Module):
         self.projections = nn.ModuleList(
             nn.Identity() if same else nn.Linear(config.pixel_decoder_size, size) for _ in range(3)
         )
-        self.layers = nn.ModuleList(RegionLayer(config, reads=i == 0) for i in range(config.decoder_layers))
+        self.layers = nn.ModuleList(RegionLayer(config, with_language=i == 0) for i in range(config.decoder_layers))
         self.heads = Heads(config)
 
     def forward(
@@ -47,8 +49,8 @@ class RegionDecoder(nn.Module):
         text: torch.Tensor,
         attention_mask: torch.Tensor,
         every_layer: bool,
-    ) -> list[Prediction]:
-        """The last layer's prediction, or with `every_layer` those of all layers, first to last.
+    ) -> list[RegionOutput]:
+        """The last layer's output, or with `every_layer` those of all layers, first to last.
 
         Args:
             levels: memory at strides 32, 16, 8, each (batch, channels, height, width).
@@ -58,20 +60,20 @@ class RegionDecoder(nn.Module):
             every_layer: whether to predict after each layer.
         """
         memory = [self._tokens(i, level) for i, level in enumerate(levels)]
-        # Interpolation and the product with the regions are both linear: down-sampling the features once per level
-        # gives the same masks as down-sampling every layer's masks.
+        # Interpolation and the product with the regions are both linear: down-sampling the mask features once per
+        # level gives the same attention masks as down-sampling the masks of every layer.
         small = [
             nn.functional.interpolate(mask_features, x.shape[-2:], mode="bilinear", align_corners=False).detach()
             for x in levels
         ]
         query = self.query.weight.expand(text.shape[0], -1, -1)
-        predictions = []
+        outputs = []
         for i, layer in enumerate(self.layers):
-            seen = self.heads.visible(query, small[i % 3])
-            query = layer(query, self.query_position.weight, *memory[i % 3], seen, text, attention_mask)
+            mask = self.heads.attention_mask(query, small[i % 3])
+            query = layer(query, self.query_position.weight, *memory[i % 3], mask, text, attention_mask)
             if every_layer and i + 1 < len(self.layers):
-                predictions.append(self.heads(query, mask_features))
-        return [*predictions, self.heads(query, mask_features)]
+                outputs.append(self.heads(query, mask_features))
+        return [*outputs, self.heads(query, mask_features)]
 
     def _tokens(self, i: int, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a level: (batch, pixels, hidden) with and without positions."""
@@ -80,14 +82,14 @@ class RegionDecoder(nn.Module):
 
 
 class RegionLayer(GradientCheckpointingLayer):
-    """Regions look at the pixels their masks cover, in the first layer at the words, then at each other; post-norm."""
+    """Regions attend to the pixels of their masks, in the first layer to the words, then to each other; post-norm."""
 
-    def __init__(self, config: RelaConfig, reads: bool) -> None:
+    def __init__(self, config: RelaConfig, with_language: bool) -> None:
         super().__init__()
         size = config.hidden_size
         self.cross_attention = Attention(config, size, config.num_attention_heads)
         self.cross_norm = nn.LayerNorm(size)
-        self.language = RegionLanguage(config) if reads else None
+        self.language = RegionLanguage(config) if with_language else None
         self.self_attention = Attention(config, size, config.num_attention_heads)
         self.self_norm = nn.LayerNorm(size)
         self.fc1 = nn.Linear(size, config.decoder_ffn_size)
@@ -100,39 +102,39 @@ class RegionLayer(GradientCheckpointingLayer):
         position: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        seen: torch.Tensor,
+        mask: torch.Tensor,
         text: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries (batch, regions, hidden) -> the same; `seen` (batch, 1, regions, pixels): where they may look."""
-        query = self.cross_norm(query + self.cross_attention(query + position, key, value, seen))
+        """Queries (batch, regions, hidden) -> the same; `mask` (batch, 1, regions, pixels) bool, False is masked."""
+        query = self.cross_norm(query + self.cross_attention(query + position, key, value, mask))
         if self.language is not None:
             query = query + self.language(query, text, attention_mask)
-        placed = query + position
-        query = self.self_norm(query + self.self_attention(placed, placed, query))
+        located = query + position
+        query = self.self_norm(query + self.self_attention(located, located, query))
         return self.ffn_norm(query + self.fc2(self.fc1(query).relu()))
 
 
 class RegionLanguage(nn.Module):
-    """What the regions take from the words: a gated, down-weighted attention."""
+    """Region-language attention, times a learned gate and a fixed weight."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__()
         self.project = nn.Linear(config.text_config.hidden_size, config.hidden_size, bias=False)
         self.attention = Attention(config, config.hidden_size, config.num_attention_heads)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.gate = nn.Parameter(torch.zeros(1))  # not a scalar, which FSDP cannot shard
+        self.region_gate = nn.Parameter(torch.zeros(1))  # not a scalar, which FSDP cannot shard
         self.weight, self.masked = config.region_language_weight, config.region_language_mask
 
     def forward(self, query: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(batch, regions, hidden), (batch, tokens, text channels), (batch, tokens) -> (batch, regions, hidden)."""
         words = self.project(text)
         mask = attention_mask[:, None, None].bool() if self.masked else None
-        return self.norm(query + self.attention(query, words, words, mask)) * self.gate.sigmoid() * self.weight
+        return self.norm(query + self.attention(query, words, words, mask)) * self.region_gate.sigmoid() * self.weight
 
 
 class Heads(nn.Module):
-    """Region embeddings, the minimap that weighs them into one target mask, and the no-target verdict."""
+    """Region embeddings, the minimap that weights them into one target mask, and the no-target logits."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__()
@@ -144,18 +146,19 @@ class Heads(nn.Module):
         self.minimap = nn.Linear(size, 2)
         self.no_target = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
 
-    def forward(self, query: torch.Tensor, mask_features: torch.Tensor) -> Prediction:
-        """(batch, regions, hidden), (batch, mask channels, height, width) -> `Prediction`."""
+    def forward(self, query: torch.Tensor, mask_features: torch.Tensor) -> RegionOutput:
+        """(batch, regions, hidden), (batch, mask channels, height, width) -> `RegionOutput`."""
         with torch.autocast(query.device.type, enabled=False):
             regions = self._regions(query)
             minimap = self.minimap(regions)
+            # The minimap's weighted sum over regions before the mask product: one map per class, not one per region.
             target = minimap.transpose(1, 2) @ self.mask_embed(regions)  # (batch, 2, mask channels)
             masks = _mask_products(target, mask_features).unflatten(2, mask_features.shape[-2:])
-            return Prediction(masks, minimap, self.no_target(regions).mean(dim=1), regions)
+            return RegionOutput(masks, minimap, self.no_target(regions).mean(dim=1), regions)
 
     @torch.no_grad()
-    def visible(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
-        """Pixels each region's own mask covers; all of them where it covers none: (batch, 1, regions, pixels) bool."""
+    def attention_mask(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+        """The pixels of each region's own mask, or all pixels where it is empty: (batch, 1, regions, pixels) bool."""
         with torch.autocast(query.device.type, enabled=False):
             masks = _mask_products(self.mask_embed(self._regions(query)), mask_features)
         covered = masks.sigmoid() >= 0.5
@@ -165,11 +168,11 @@ class Heads(nn.Module):
         return self.norm(query.to(self.norm.weight.dtype))
 
     def reset(self) -> None:
-        """Start from small mask logits: the target's are a sum over all regions, and would be in the hundreds."""
+        """Initialise with small weights: target logits are a sum over all regions, and would be in the hundreds."""
         init.xavier_uniform_(self.mask_embed[-1].weight, gain=0.1)
         init.xavier_uniform_(self.minimap.weight, gain=1 / self.num_regions)
 
 
 def _mask_products(embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
-    """(batch, n, mask channels), (batch, mask channels, height, width) -> (batch, n, height * width), never half."""
+    """(batch, n, mask channels), (batch, mask channels, height, width) -> (batch, n, height * width); fp32 or fp64."""
     return full_precision(embeddings) @ full_precision(mask_features).flatten(2)

@@ -1,9 +1,9 @@
-"""Which words of a sentence name its targets: MDETR teaches each box to point at them.
+"""The words of a sentence that name its targets: in MDETR's training each box points at them.
 
-With spaCy and its small English model installed, they are the nouns at the root of its parse. Without, a rule: the
+With spaCy and its small English model installed, they are the nouns at the root of its parse. Otherwise by a rule: the
 last word before the first modifier (a preposition, "wearing", a comma, ...) that is not a place, and the same in each
-part joined by "and", which has to begin with an article where a modifier came before: "the two PEOPLE on the left and
-a DOG". Where neither finds a noun, the whole sentence.
+part after an "and"; after a modifier such a part must begin with an article: "the two PEOPLE on the left and a DOG".
+Where neither gives a noun, the whole sentence.
 """
 
 import importlib
@@ -25,30 +25,31 @@ _PLACE = re.compile(
 
 
 def root_nouns(sentence: str) -> list[Span]:
-    """The (start, end) character spans of the words that name the targets; none for an empty sentence alone."""
+    """The (start, end) character spans of the words that name the targets; empty only for an empty sentence."""
     parse = _parser()
     spans = nouns_by_rule(sentence) if parse is None else nouns_of_parse(parse(sentence))
     return spans or ([(0, len(sentence))] if sentence else [])
 
 
 def nouns_by_rule(sentence: str) -> list[Span]:
-    """What the rule above finds."""
+    """The nouns by the rule of this module."""
     words = [(match[0].lower(), match.span()) for match in re.finditer(r"[\w'-]+|[^\w\s]", sentence)]
     followers = [*(word for word, _ in words), ""][1:]
-    nouns, noun, heading = [], None, True
+    # `in_head`: before the first modifier, where the next noun names a target
+    nouns, noun, in_head = [], None, True
     for (word, span), follower in zip(words, followers, strict=True):
         if word in ("and", "&"):
             nouns.append(noun)
-            noun, heading = None, heading or _ARTICLE.fullmatch(follower) is not None
+            noun, in_head = None, in_head or _ARTICLE.fullmatch(follower) is not None
         elif _MODIFIER.fullmatch(word):
-            heading = False
-        elif heading and not _ARTICLE.fullmatch(word) and not _PLACE.fullmatch(word):
+            in_head = False
+        elif in_head and not _ARTICLE.fullmatch(word) and not _PLACE.fullmatch(word):
             noun = span
-    return [found for found in (*nouns, noun) if found]
+    return [span for span in (*nouns, noun) if span]
 
 
 def nouns_of_parse(doc: "Doc") -> list[Span]:  # noqa: F821 (spaCy's, which need not be installed)
-    """Of each sentence the root, or the subjects of a root that is no noun, with what "and" joins to them."""
+    """Of each sentence the root, or the subjects of a root that is no noun, with the nouns joined to them by "and"."""
     nouns = []
     for sentence in doc.sents:
         root = sentence.root
@@ -59,7 +60,7 @@ def nouns_of_parse(doc: "Doc") -> list[Span]:  # noqa: F821 (spaCy's, which need
 
 @cache
 def _parser() -> Callable[[str], object] | None:
-    # Not an import statement: code loaded from the Hub would then insist on the package.
+    # Not an import statement: for code loaded from the Hub, transformers requires every imported package.
     try:
         return importlib.import_module("spacy").load("en_core_web_sm")
     except (ImportError, OSError):

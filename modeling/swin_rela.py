@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_rela import attend
+from .attention import attend
 from .configuration_rela import RelaConfig
 
 
 class SwinTrunk(nn.Module):
-    """Patch embedding and four stages. Each stage takes and gives (images, height, width, channels).
+    """Patch embedding and four stages. Input and output of a stage are (images, height, width, channels).
 
-    Any image size works: patches, windows and mergings pad with zeros at the right and bottom, as the published code.
+    Any image size works: patches, windows and mergings are padded with zeros at the right and bottom, as published.
     """
 
     def __init__(self, config: RelaConfig) -> None:
@@ -35,6 +35,8 @@ class SwinTrunk(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
+    """Projects each patch of `patch` x `patch` pixels."""
+
     def __init__(self, channels: int, patch: int = 4) -> None:
         super().__init__()
         self.patch = patch
@@ -48,40 +50,42 @@ class PatchEmbedding(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Patch merging (but for the first stage) and a run of blocks, every second one with shifted windows."""
+    """Patch merging (except in the first stage) and a sequence of blocks, every second one with shifted windows."""
 
     def __init__(
-        self, config: RelaConfig, before: int | None, channels: int, heads: int, drop_path: list[float]
+        self, config: RelaConfig, in_channels: int | None, channels: int, heads: int, drop_path: list[float]
     ) -> None:
         super().__init__()
-        self.downsample = PatchMerging(before, channels) if before else None
+        self.downsample = PatchMerging(in_channels, channels) if in_channels else None
         self.blocks = nn.ModuleList(SwinBlock(config, channels, heads, rate) for rate in drop_path)
         self.window = config.window_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.downsample is None else self.downsample(x)
         height, width = x.shape[1:3]
-        cuts = [cut_windows(height, width, self.window, shift, x.device) for shift in (0, self.window // 2)]
+        partitions = [partition(height, width, self.window, shift, x.device) for shift in (0, self.window // 2)]
         for i, block in enumerate(self.blocks):
-            x = block(x, cuts[i % 2])
+            x = block(x, partitions[i % 2])
         return x
 
 
 class PatchMerging(nn.Module):
-    """Joins each 2 x 2 patches: (.., height, width, channels) -> (.., height / 2, width / 2, channels out)."""
+    """Merges each 2 x 2 patches: (.., height, width, in_channels) -> (.., height / 2, width / 2, channels)."""
 
-    def __init__(self, before: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * before)
-        self.reduction = nn.Linear(4 * before, channels, bias=False)
+        self.norm = nn.LayerNorm(4 * in_channels)
+        self.reduction = nn.Linear(4 * in_channels, channels, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        quarters = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(quarters, dim=-1)))
 
 
 class SwinBlock(GradientCheckpointingLayer):
+    """Window attention and an MLP, pre-norm, with stochastic depth on both branches."""
+
     def __init__(self, config: RelaConfig, channels: int, heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
@@ -90,9 +94,9 @@ class SwinBlock(GradientCheckpointingLayer):
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: torch.Tensor, cut: "WindowCut") -> torch.Tensor:
+    def forward(self, x: torch.Tensor, windows: "Windows") -> torch.Tensor:
         """(images, height, width, channels) -> the same."""
-        x = x + self._drop(self.attn(self.norm1(x), cut))
+        x = x + self._drop(self.attn(self.norm1(x), windows))
         return x + self._drop(self.mlp(self.norm2(x)))
 
     def _drop(self, branch: torch.Tensor) -> torch.Tensor:
@@ -103,6 +107,8 @@ class SwinBlock(GradientCheckpointingLayer):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, inner)
@@ -115,7 +121,8 @@ class Mlp(nn.Module):
 class WindowAttention(nn.Module):
     """Attention inside windows of `window_size` patches, with a learned bias per relative position.
 
-    Padding takes part as in the published code: a padded patch is zero before the projection, its bias after it.
+    Padding is not masked, as in the published code: a padded patch is zero before the projection, and the projection's
+    bias after it.
     """
 
     is_causal = False
@@ -130,46 +137,47 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, cut: "WindowCut") -> torch.Tensor:
+    def forward(self, x: torch.Tensor, windows: "Windows") -> torch.Tensor:
         """(images, height, width, channels) -> the same."""
         images, height, width, channels = x.shape
         patches = x.flatten(1, 2)
-        if len(cut.places) > patches.shape[1]:
+        if len(windows.patches) > patches.shape[1]:
             patches = nn.functional.pad(patches, (0, 0, 0, 1))  # one zero patch is projected for all padding
-        qkv = self.qkv(patches).index_select(1, cut.places)
+        qkv = self.qkv(patches).index_select(1, windows.patches)
         qkv = qkv.view(images, -1, self.window**2, 3, self.heads, channels // self.heads)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        if cut.mask is None:  # every window has the same bias: (1, heads, patches, patches)
+        if windows.mask is None:  # every window has the same bias: (1, heads, patches, patches)
             q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)
-        else:  # windows beside heads, so that images share the biases: (1, windows * heads, patches, patches)
+        else:  # windows and heads in one dimension: images share the bias (1, windows * heads, patches, patches)
             q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-            bias = (bias + cut.mask[:, None]).flatten(0, 1)
+            bias = (bias + windows.mask[:, None]).flatten(0, 1)
         out = attend(self, self.config, q, k, v, bias[None].to(q.dtype))
-        if cut.mask is not None:
+        if windows.mask is not None:
             out = out.unflatten(2, (-1, self.heads)).transpose(1, 2)
-        out = out.reshape(images, -1, channels).index_select(1, cut.home)
+        out = out.reshape(images, -1, channels).index_select(1, windows.slots)
         return self.proj(out).view(images, height, width, channels)
 
 
-class WindowCut(NamedTuple):
-    """How a map of patches is cut into windows."""
+class Windows(NamedTuple):
+    """How a map of patches is partitioned into windows; a slot is a position inside a window."""
 
-    places: torch.Tensor  # (windows * patches of a window,) the patch at each place; beyond the last one is padding
-    home: torch.Tensor  # (height * width,) the place of each patch
-    mask: torch.Tensor | None  # (windows, patches, patches) -100 between what the shift brought together, when shifted
+    patches: torch.Tensor  # (windows * slots of a window,) index of the patch in each slot; height * width is padding
+    slots: torch.Tensor  # (height * width,) index of the slot of each patch
+    mask: torch.Tensor | None  # (windows, slots, slots) -100 between patches that are no neighbours; None unshifted
 
 
-def cut_windows(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowCut:
-    """Cut a map of height x width patches, padded at the right and bottom, after a cyclic shift by `shift`."""
+def partition(height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
+    """Partition a map of height x width patches, padded at the right and bottom and shifted cyclically by `shift`."""
     down, right = -height % window, -width % window
     rows, columns = (height + down) // window, (width + right) // window
     patches = torch.arange(height * width, device=device).view(1, height, width)
     patches = nn.functional.pad(patches, (0, right, 0, down), value=height * width)[0].roll((-shift, -shift), (0, 1))
-    places = patches.view(rows, window, columns, window).transpose(1, 2).flatten()
-    home = torch.arange(len(places), device=device).view(rows, columns, window, window).transpose(1, 2)
-    home = home.reshape(height + down, width + right).roll((shift, shift), (0, 1))[:height, :width].flatten()
+    patches = patches.view(rows, window, columns, window).transpose(1, 2).flatten()
+    # The inverse: number the slots, undo the partition and the shift, and drop the padding.
+    slots = torch.arange(len(patches), device=device).view(rows, columns, window, window).transpose(1, 2)
+    slots = slots.reshape(height + down, width + right).roll((shift, shift), (0, 1))[:height, :width].flatten()
     mask = shift_mask(height + down, width + right, window, device) if shift else None
-    return WindowCut(places, home, mask)
+    return Windows(patches, slots, mask)
 
 
 def relative_position_index(window: int) -> torch.Tensor:
@@ -181,15 +189,16 @@ def relative_position_index(window: int) -> torch.Tensor:
 
 
 def shift_mask(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
-    """-100 between patches that only the cyclic shift brought into one window: (windows, patches, patches).
+    """-100 between patches that are in one window only because of the cyclic shift: (windows, patches, patches).
 
     `height` and `width` are multiples of `window`, in patches.
     """
     shift = window // 2
     bands = []
     for side in (height, width):
-        place = torch.arange(side, device=device)
-        bands.append((place >= side - window).long() + (place >= side - shift).long())
+        position = torch.arange(side, device=device)
+        # 0, 1 or 2: before the last window, in its first part, in the part that was shifted in from the other side
+        bands.append((position >= side - window).long() + (position >= side - shift).long())
     region = 3 * bands[0][:, None] + bands[1][None, :]
     region = region.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window**2)
     return (region[:, None, :] != region[:, :, None]) * -100.0

@@ -1,22 +1,23 @@
-"""The vision side: a trunk, the sentence fused into its stages, and a category head that never sees language."""
+"""Vision encoder: a trunk with language fusion after each stage; and a category head on language-free features."""
 
 import torch
 from torch import nn
 
 from .configuration_rela import RelaConfig
 from .convolution_rela import ConvTrunk, ResNetTrunk
-from .fusion_rela import LanguageFusion, LanguageGate, per_sentence
+from .fusion_rela import LanguageFusion, LanguageGate
+from .image_index import per_sentence
 from .swin_rela import SwinTrunk
 
 TRUNKS = {"swin": SwinTrunk, "resnet": ResNetTrunk, "conv": ConvTrunk}
 
 
 class VisionEncoder(nn.Module):
-    """Features at strides 4, 8, 16 and 32, with the sentence in them unless `language_fusion` is off.
+    """Features at strides 4, 8, 16 and 32, with the sentence fused in unless `language_fusion` is off.
 
-    So long as every gate is closed the trunk does not depend on the sentence and runs once per image. Whether they are
-    is looked at when weights are loaded and on `train()` and `eval()`: a closed gate has no gradient, so no training
-    step opens it.
+    While every gate is closed, the trunk does not depend on the sentence and runs once per image. The gates are
+    checked when weights are loaded and on `train()` and `eval()`: no training step opens a closed gate, because it has
+    no gradient.
     """
 
     def __init__(self, config: RelaConfig) -> None:
@@ -39,7 +40,7 @@ class VisionEncoder(nn.Module):
         attention_mask: torch.Tensor,
         image_index: torch.Tensor | None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Fused features and, where they exist, the trunk's own.
+        """Fused features, and the trunk's own where they are free of language.
 
         Args:
             pixel_values: (images, 3, height, width), normalised.
@@ -49,7 +50,7 @@ class VisionEncoder(nn.Module):
 
         Returns:
             four (sentences, channels, height, width), or (images, ...) without language fusion; and four
-            (images, height, width, channels), or None when open gates have mixed the sentence into the trunk.
+            (images, height, width, channels), or None where open gates add the sentence to the trunk.
         """
         if not self.config.language_fusion:
             stages = self.stages(pixel_values)
@@ -87,21 +88,21 @@ class VisionEncoder(nn.Module):
             image_index = None  # from the first gate on there is one x per sentence
         return outputs
 
-    def look_at_gates(self) -> None:
-        """Note whether all gates are closed; weights that are elsewhere (meta, sharded away) are not looked at."""
+    def check_gates(self) -> None:
+        """Set `gates_closed`, unless weights are not here (on the meta device, or in another process's shard)."""
         if not any(parameter.is_meta or not parameter.numel() for parameter in self.gates.parameters()):
             closed = all(gate.closed for gate in self.gates)
-            if closed != self.gates_closed:  # closed gates stay out of the graph, open ones learn
+            if closed != self.gates_closed:  # closed gates are not part of the graph
                 self.gates.requires_grad_(not closed)
             self.gates_closed = closed
 
     def train(self, mode: bool = True) -> "VisionEncoder":
-        self.look_at_gates()
+        self.check_gates()
         return super().train(mode)
 
 
 def _after_loading(module: VisionEncoder, incompatible_keys: object) -> None:
-    module.look_at_gates()
+    module.check_gates()
 
 
 class CategoryHead(nn.Module):

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling.convert_rela import DROPPED, convert_state_dict, infer_config, main
 from modeling.modeling_rela import RelaModel
-from modeling.weight_files_rela import read_weights
+from modeling.weight_files import read_weights
 from tests.made_weights import made_weights, parse_keys
 from tests.tiny_rela import tiny_processor
 
@@ -42,9 +42,9 @@ class Golden:
             "labels": {"masks": self.tensors["masks"], "no_target": self.tensors["no_target"]},
         }
 
-    def model(self, language_gate: str = "stored") -> RelaModel:
+    def model(self, region_gate: str = "stored") -> RelaModel:
         model = RelaModel(infer_config(self.weights, num_attention_heads=self.facts["heads"]))
-        model.load_state_dict(convert_state_dict(self.weights, language_gate))
+        model.load_state_dict(convert_state_dict(self.weights, region_gate))
         return model.eval()
 
 
@@ -77,10 +77,10 @@ def test_outputs_losses_and_gradients_equal_the_original(golden: Golden) -> None
 
 def test_published_gate_is_half_open_and_matters() -> None:
     golden = Golden("r50_wide")
-    with pytest.raises(ValueError, match="language_gate='open'"):
+    with pytest.raises(ValueError, match="region_gate='open'"):
         golden.model("open")
     stored, published = golden.model("stored"), golden.model("published")
-    assert published.region_decoder.layers[0].language.gate.sigmoid().item() == 0.5
+    assert published.region_decoder.layers[0].language.region_gate.sigmoid().item() == 0.5
     with torch.no_grad():
         change = stored(**golden.inputs).pred_masks - published(**golden.inputs).pred_masks
     assert change.abs().max() > 1e-3
@@ -133,7 +133,7 @@ def test_command_writes_a_folder_that_auto_classes_load(suffix: str, tmp_path: P
     tiny_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
     folder = tmp_path / "converted" / "rela"
     arguments = [str(checkpoint), str(folder), "--tokenizer", str(tmp_path / "tokenizer")]
-    assert main([*arguments, "--num-attention-heads", str(golden.facts["heads"]), "--language-gate", "stored"]) == 0
+    assert main([*arguments, "--num-attention-heads", str(golden.facts["heads"]), "--region-gate", "stored"]) == 0
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -197,8 +197,8 @@ def test_command_lists_the_keys_it_leaves_out(tmp_path: Path) -> None:
     arguments = [str(path), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
     assert main([*arguments, "--num-attention-heads", "4"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "no part in the network: criterion.empty_weight." in card and "gate: published." in card
-    assert RelaModel.from_pretrained(tmp_path / "out").region_decoder.layers[0].language.gate.item() == 0
+    assert "not part of the network: criterion.empty_weight." in card and "gate: published." in card
+    assert RelaModel.from_pretrained(tmp_path / "out").region_decoder.layers[0].language.region_gate.item() == 0
 
 
 class Malice:

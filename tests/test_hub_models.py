@@ -23,7 +23,7 @@ model.push_to_hub("me/rela")
 processor.push_to_hub("me/rela")
 with torch.no_grad():
     outputs = model(**processor(images=Image.open("picture.png"), text=["the red square", "all squares"]))
-answers = processor.post_process_referring_segmentation(outputs, [(64, 64)] * 2, return_rle=True)
+answers = processor.post_process_referring_segmentation(outputs, target_sizes=[(64, 64)] * 2, return_rle=True)
 print(json.dumps(answers))
 """
 USE = """
@@ -36,7 +36,7 @@ model = AutoModel.from_pretrained("me/rela", trust_remote_code=True, revision=re
 processor = AutoProcessor.from_pretrained("me/rela", trust_remote_code=True, revision=revision)
 with torch.no_grad():
     outputs = model(**processor(images=image, text=sentences))
-answers = processor.post_process_referring_segmentation(outputs, size, return_rle=True)
+answers = processor.post_process_referring_segmentation(outputs, target_sizes=size, return_rle=True)
 segment = pipeline("referring-segmentation", "me/rela", trust_remote_code=True, revision=revision)
 for known, answer in zip(answers, segment(image, text=sentences, return_rle=True), strict=True):
     assert all(answer[name] == value for name, value in known.items())
@@ -101,7 +101,7 @@ def test_model_repository_is_enough(hub: Hub, homes: tuple[Path, Path]) -> None:
     pushed = hub.python(author, "-c", PUSH, token="hf_me", **TRANSFORMERS)
     assert pushed.returncode == 0, pushed.stderr
     there = hub.repository("model", "me/rela").files("main")
-    assert {"model.safetensors", "modeling_rela.py", "pipeline_rela.py", "processing_rela.py"} <= set(there)
+    assert {"model.safetensors", "modeling_rela.py", "pipeline_referring.py", "processing_rela.py"} <= set(there)
     assert not [name for name in there if name.endswith((".bin", ".pt", ".pkl"))], "safetensors only"
     used = hub.python(user, "-c", USE, "main", token=None, OMP_NUM_THREADS="1")
     assert used.returncode == 0, used.stderr

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.boxes_rela import corners, generalized_iou
+from modeling.boxes import cxcywh_to_xyxy, generalized_iou
 from modeling.instances_rela import Choice, ObjectFinder, Objects, outside
 from modeling.loss_instances_rela import centre_map, instance_loss, match
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator, decode_mask
-from modeling.region_decoder_rela import Prediction
+from modeling.region_decoder_rela import RegionOutput
 from tests.tiny_rela import BETTER_LOSS, INSTANCES, RESNET, SWIN, expression_rows, tiny_config, tiny_processor
 
 BACKBONES = pytest.mark.parametrize("changes", [{}, SWIN, RESNET], ids=["conv", "swin", "resnet"])
@@ -68,7 +68,7 @@ def test_a_branch_added_to_a_saved_model_changes_none_of_its_outputs(
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
     assert "pred_boxes" not in expected and all(value.isfinite().all() for value in found.values())
     # new weights start as those of a new model do
-    assert model.object_finder.centre.bias.item() == -4 and model.instance_chooser.trust.item() == 1
+    assert model.object_finder.centre.bias.item() == -4 and model.instance_chooser.region_weight.item() == 1
     assert not model.object_finder.box[-1].weight.any()
 
 
@@ -107,7 +107,7 @@ def test_merged_masks_add_the_chosen_objects_to_the_regions(inputs: dict) -> Non
 
 def test_where_something_is_meant_the_likeliest_object_is_answered() -> None:
     """Masks, boxes and verdict agree: no object is sure by itself, and still one is meant."""
-    regions = Prediction(
+    regions = RegionOutput(
         torch.zeros(3, 2, 4, 4), torch.zeros(3, 4, 2), torch.tensor([[9.0, -9.0], [20.0, -20.0], [9.0, -9.0]]), None
     )
     objects = Objects(
@@ -223,7 +223,7 @@ def test_vision_alone_learns_to_find_objects(batch: dict) -> None:
     output = model(batch["pixel_values"], labels=labels)
     output.loss.backward()
     assert model.vision_encoder.trunk.conv1.conv.weight.grad.abs().sum() > 0
-    assert model.instance_chooser.words.weight.grad is None
+    assert model.instance_chooser.word_projection.weight.grad is None
     with pytest.raises(ValueError, match="input_ids is None"):
         RelaModel(tiny_config())(batch["pixel_values"], labels=labels)
 
@@ -307,7 +307,9 @@ def test_overfits_four_sentences_until_boxes_are_right(listed: bool) -> None:
     train(model, batch, 260)
     with torch.no_grad():
         outputs = model.eval()(**{**batch, "labels": None})
-    answers = tiny_processor().post_process_referring_detection(outputs, [(64, 64)] * 4)
+    answers = tiny_processor().post_process_referring_detection(
+        outputs, target_sizes=[(64, 64)] * 4, return_masks=True
+    )
     for answer, row in zip(answers, rows, strict=True):
         truth = torch.tensor(row["boxes"]).reshape(-1, 4)
         truth[:, 2:] += truth[:, :2]
@@ -372,5 +374,5 @@ def test_half_precision_and_autocast_keep_the_branch_in_fp32(inputs: dict, dtype
     assert rounded.pred_boxes.dtype == automatic.pred_boxes.dtype == torch.float32
 
 
-def test_boxes_follow_corners() -> None:
-    torch.testing.assert_close(corners(torch.tensor([0.5, 0.5, 0.2, 0.4])), torch.tensor([0.4, 0.3, 0.6, 0.7]))
+def test_boxes_of_centre_and_size_have_these_edges() -> None:
+    torch.testing.assert_close(cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.2, 0.4])), torch.tensor([0.4, 0.3, 0.6, 0.7]))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from modeling.loss_mdetr import assign, corners, generalized_iou, match
+from modeling.boxes import assign, cxcywh_to_xyxy, generalized_iou
+from modeling.loss_mdetr import match
 from modeling.modeling_mdetr import MdetrModel
 from modeling.pixel_decoder_rela import sine_positions as unpadded_positions
 from modeling.processing_mdetr import MdetrCollator
@@ -50,7 +51,7 @@ def test_overfits_four_sentences_until_boxes_are_right(batch: dict) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     rows = expression_rows()
-    results = tiny_processor().post_process_grec(
+    results = tiny_processor().post_process_referring_detection(
         model.eval()(**batch), target_sizes=[(row["height"], row["width"]) for row in rows]
     )
     for result, row in zip(results, rows):
@@ -63,8 +64,7 @@ def test_overfits_four_sentences_until_boxes_are_right(batch: dict) -> None:
 @pytest.mark.parametrize("changes", [{}, {"predict_final": True}, {"auxiliary_loss": False, "contrastive_size": 0}])
 def test_every_trained_parameter_learns(batch: dict, changes: dict) -> None:
     model = tiny_model(**changes).train()
-    labels = {**batch["labels"], "is_final": torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0]])}
-    output = model(**{**batch, "labels": labels})
+    output = model(**batch)
     output.loss.backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     assert idle == {name for name, _ in model.named_parameters() if name.startswith(FROZEN)}
@@ -164,13 +164,36 @@ def test_generalised_iou_of_known_boxes() -> None:
     assert generalized_iou(unit, unit) == 1
     assert generalized_iou(unit, right) == pytest.approx(-1 / 3)
     assert generalized_iou(unit, torch.tensor([0, 0, 1, 0.5])) == pytest.approx(0.5)
-    assert corners(torch.tensor([0.5, 0.5, 1, 0.5])).tolist() == [0, 0.25, 1, 0.75]
+    assert cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 1, 0.5])).tolist() == [0, 0.25, 1, 0.75]
 
 
-def test_diverged_model_is_one_clear_error(batch: dict) -> None:
-    output = tiny_model()(**batch)
-    with pytest.raises(ValueError, match="sentence 0 is not finite"):
-        match({**output, "pred_boxes": output.pred_boxes * torch.nan}, batch["labels"], tiny_config())
+def test_diverged_model_has_a_loss_that_is_not_finite(batch: dict) -> None:
+    model = tiny_model()
+    output = model(**batch)
+    expected = match(output, batch["labels"], tiny_config())
+    unmatched = next(query for query in range(6) if query not in expected.query[expected.sample == 2])
+    boxes = output.pred_boxes.detach().clone()
+    boxes[2, unmatched] = torch.nan
+    with_nan = match({**output, "pred_boxes": boxes}, batch["labels"], tiny_config())
+    assert all(torch.equal(*pair) for pair in zip(with_nan, expected)), "what is not finite is matched last"
+    torch.nn.init.constant_(model.box_head[4].bias, torch.nan)
+    assert not model(**batch).loss.isfinite(), "train.py skips such a step"
+
+
+def test_a_processor_with_other_positions_is_refused_and_one_with_the_same_trains(batch: dict) -> None:
+    model = tiny_model(num_positions=64).train()
+    with pytest.raises(ValueError, match=r"positive_map has 256 positions.*num_positions=64"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"num_positions=256 of the processor.*num_positions=64 of the model"):
+        tiny_processor().collator(model.config, training=True)
+    output = model(**tiny_processor(num_positions=64).collator(model.config, training=True)(expression_rows()))
+    output.loss.backward()
+    assert output.logits.shape == (4, 6, 64) and model.token_head.weight.grad.any()
+
+
+def test_labels_of_measuring_alone_give_no_loss(batch: dict) -> None:
+    output = tiny_model()(**tiny_processor().collator()(expression_rows()))
+    assert output.loss is None and torch.equal(output.logits, tiny_model()(**batch).logits)
 
 
 def test_eager_attention_equals_sdpa_and_both_drop_attention_weights(inputs: dict) -> None:
@@ -198,7 +221,7 @@ def loss_of_half(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_mean_loss_of_two_processes_is_that_of_one(batch: dict, tmp_path: Path) -> None:
-    assert batch["labels"]["num_targets"].tolist() == [1, 0, 2, 1], "unequal halves"
+    assert batch["labels"]["num_boxes"].tolist() == [1, 0, 2, 1], "unequal halves"
     torch.save(batch, tmp_path / "batch.pt")
     torch.multiprocessing.spawn(loss_of_half, (str(tmp_path),), nprocs=2)
     halves = torch.stack([torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)])

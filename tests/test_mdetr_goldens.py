@@ -57,7 +57,7 @@ class Golden:
         labels = {
             "boxes": pad(boxes, batch_first=True),
             "positive_map": pad(stored["positive_map"].split(num_targets), batch_first=True),
-            "num_targets": torch.tensor(num_targets),
+            "num_boxes": torch.tensor(num_targets),
         }
         input_ids = stored["input_ids"].long()
         attention_mask = (input_ids != 1).long()
@@ -92,8 +92,9 @@ def test_outputs_losses_pairs_and_gradients_equal_the_original(golden: Golden) -
     assert output.loss.item() == pytest.approx(golden.facts["loss"], rel=1e-5)
     terms = {name: term.item() for name, term in output.loss_terms.items()}
     assert terms == pytest.approx(golden.facts["loss_terms"], rel=1e-5)
-    pairs = match(output, golden.inputs["labels"], model.config)
-    assert [[side.tolist() for side in pair] for pair in pairs] == golden.facts["pairs"]
+    sample, query, target = match(output, golden.inputs["labels"], model.config)
+    pairs = [[side[sample == b].tolist() for side in (query, target)] for b in range(3)]
+    assert pairs == golden.facts["pairs"]
     output.loss.backward()
     for part, prefix in PARTS.items():
         gradients = [p.grad for name, p in model.named_parameters() if name.startswith(prefix) and p.grad is not None]
@@ -104,7 +105,7 @@ def test_outputs_losses_pairs_and_gradients_equal_the_original(golden: Golden) -
 def test_boxes_and_scores_equal_the_original(golden: Golden) -> None:
     outputs = MdetrOutput(logits=golden.outputs["logits"], pred_boxes=golden.outputs["pred_boxes"])
     sizes = golden.facts["target_sizes"]
-    results = tiny_processor().post_process_grec(outputs, threshold=0.0, target_sizes=sizes)
+    results = tiny_processor().post_process_referring_detection(outputs, threshold=0.0, target_sizes=sizes)
     for b, result in enumerate(results):
         torch.testing.assert_close(result["boxes"], golden.outputs["post_boxes"][b])
         torch.testing.assert_close(result["scores"], golden.outputs["post_scores"][b])

@@ -143,7 +143,8 @@ def test_batch_has_relative_boxes_maps_and_counts() -> None:
     batch = MdetrCollator(tiny_processor())(expression_rows())
     labels = batch["labels"]
     assert batch["image_index"].tolist() == [0, 0, 1, 1] and len(batch["pixel_values"]) == 2
-    assert labels["num_targets"].tolist() == [1, 0, 2, 1]
+    assert labels["num_targets"].tolist() == labels["num_boxes"].tolist() == [1, 0, 2, 1]
+    assert labels["is_final"].tolist() == [[1, 0], [0, 0], [1, 1], [1, 0]], "all boxes are what the sentence is about"
     assert labels["boxes"].shape == (4, 2, 4) and labels["positive_map"].shape == (4, 2, MdetrConfig().num_positions)
     torch.testing.assert_close(labels["boxes"][0, 0], torch.tensor([48 / 64, 42 / 64, 24 / 64, 24 / 64]))
     torch.testing.assert_close(labels["boxes"][2, 1], torch.tensor([72 / 96, 16 / 64, 24 / 96, 24 / 64]))
@@ -162,12 +163,11 @@ def test_crowds_and_boxes_without_area_are_no_targets() -> None:
 def test_rows_of_the_data_set_make_batches(tmp_path: Path) -> None:
     folder, out = write_genuine(tmp_path / "genuine"), tmp_path / "built"
     grefcoco.build(folder, folder / "train2014", out)
-    columns = ["image", "image_id", "width", "height", "sentence", "ann_ids", "boxes", "objects"]
-    rows = grefcoco.load(out, split="train", columns=columns)
-    batch = MdetrCollator(tiny_processor())(rows.__getitems__(list(range(len(rows)))))
+    rows = grefcoco.load(out, split="train", columns=tiny_processor().columns(training=True))
+    batch = tiny_processor().collator(training=True)(rows.__getitems__(list(range(len(rows)))))
     crowds = [sum(ann_id % 10 == 3 for ann_id in row["ann_ids"]) for row in rows]
     counts = [len(row["ann_ids"]) - crowd for row, crowd in zip(rows, crowds)]
-    assert batch["labels"]["num_targets"].tolist() == counts and max(crowds) == 1 and {0, 1, 2} <= {*counts}
+    assert batch["labels"]["num_boxes"].tolist() == counts and max(crowds) == 1 and {0, 1, 2} <= {*counts}
     assert len(batch["pixel_values"]) == len({row["image_id"] for row in rows}) < len(rows)
 
 
@@ -180,29 +180,29 @@ def outputs_of(scores: list[float], **changes: torch.Tensor) -> MdetrOutput:
 
 def test_boxes_in_pixels_at_or_above_the_threshold() -> None:
     processor = tiny_processor()
-    (result,) = processor.post_process_grec(
+    (result,) = processor.post_process_referring_detection(
         outputs_of([0.9, 0.2, 0.71, 0.69]), target_sizes=torch.tensor([[480, 640]])
     )
     assert result["boxes"].tolist() == [[160, 120, 480, 360]] * 2
     assert result["scores"].tolist() == pytest.approx([0.9, 0.71])
-    (result,) = processor.post_process_grec(outputs_of([0.9, 0.2]), threshold=0.95)
+    (result,) = processor.post_process_referring_detection(outputs_of([0.9, 0.2]), threshold=0.95)
     assert result["boxes"].shape == (0, 4) and result["scores"].shape == (0,)
-    (result,) = processor.post_process_grec(outputs_of([0.9]))
+    (result,) = processor.post_process_referring_detection(outputs_of([0.9]))
     assert result["boxes"].tolist() == [[0.25, 0.25, 0.75, 0.75]]
     with pytest.raises(ValueError, match="2 target_sizes for 1 sentences"):
-        processor.post_process_grec(outputs_of([0.9]), target_sizes=[(4, 4), (5, 5)])
+        processor.post_process_referring_detection(outputs_of([0.9]), target_sizes=[(4, 4), (5, 5)])
 
 
 def test_threshold_is_not_rounded_to_the_scores_precision() -> None:
     processor, outputs = tiny_processor(), outputs_of([0.7])
-    score = processor.post_process_grec(outputs, threshold=0.0)[0]["scores"].item()
-    assert len(processor.post_process_grec(outputs, threshold=score)[0]["boxes"]) == 1
-    assert len(processor.post_process_grec(outputs, threshold=score + 1e-9)[0]["boxes"]) == 0
+    score = processor.post_process_referring_detection(outputs, threshold=0.0)[0]["scores"].item()
+    assert len(processor.post_process_referring_detection(outputs, threshold=score)[0]["boxes"]) == 1
+    assert len(processor.post_process_referring_detection(outputs, threshold=score + 1e-9)[0]["boxes"]) == 0
 
 
 def test_final_head_gives_a_second_score() -> None:
     final = torch.tensor([[[0.0], [10.0], [10.0]]])
-    (result,) = tiny_processor().post_process_grec(outputs_of([0.99, 0.2, 0.9], pred_isfinal=final))
+    (result,) = tiny_processor().post_process_referring_detection(outputs_of([0.99, 0.2, 0.9], pred_isfinal=final))
     assert result["scores"].tolist() == pytest.approx([0.99, 0.9])
     assert result["scores_refexp"].tolist() == pytest.approx([0.495, 0.9], abs=1e-3)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from modeling.modeling_mdetr import MdetrModel
-from modeling.training_mdetr import fine_tuning_schedule, parameter_groups, weight_average
+from modeling.training_mdetr import parameter_groups
 from tests.tiny_mdetr import tiny_config
+from training.schedule import fine_tuning_schedule, weight_average
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from modeling.configuration_rela import RelaConfig
 from modeling.fusion_rela import LanguageFusion, gather_words, normalize_pixels
 from modeling.loss_rela import category_loss, referring_loss
 from modeling.pixel_decoder_rela import DeformableAttention, gather_points, sine_positions
-from modeling.region_decoder_rela import Prediction, RegionLanguage
+from modeling.region_decoder_rela import RegionLanguage, RegionOutput
 from modeling.swin_rela import relative_position_index, shift_mask
 from tests.tiny_rela import BETTER_LOSS, tiny_config
 
@@ -113,12 +113,12 @@ def test_sine_positions_tell_every_pixel_apart() -> None:
     assert (grid[..., :8].diff(dim=1) == 0).all() and (grid[..., 8:].diff(dim=0) == 0).all()
 
 
-def prediction(masks: torch.Tensor, no_target: torch.Tensor, sure: float) -> Prediction:
+def prediction(masks: torch.Tensor, no_target: torch.Tensor, sure: float) -> RegionOutput:
     """Logits +-`sure` that say exactly what the labels say, on 16 regions."""
     small = nn.functional.interpolate(masks[:, None].float(), (4, 4), mode="area").flatten(1)
     both = [torch.stack([-x, x], dim) * sure for x, dim in ((2 * masks - 1, 1), (2 * small - 1, 2))]
     verdicts = torch.stack([~no_target, no_target], 1) * 2 * sure - sure
-    return Prediction(*both, verdicts, regions=torch.zeros(len(masks), 16, 1))
+    return RegionOutput(*both, verdicts, regions=torch.zeros(len(masks), 16, 1))
 
 
 @pytest.mark.parametrize("changes", [{}, BETTER_LOSS], ids=["published", "better"])
@@ -143,7 +143,7 @@ def test_minimap_target_is_the_centre_as_published_or_the_covered_fraction() -> 
     for soft, cell in ((False, 0.0), (True, 0.5)):
         config = tiny_config(soft_minimap=soft, class_weights=[1.0, 1.0])
         minimap = torch.zeros(1, 16, 2, requires_grad=True)
-        flat = Prediction(torch.zeros(1, 2, 4, 4), minimap, torch.zeros(1, 2), regions=torch.zeros(1, 16, 1))
+        flat = RegionOutput(torch.zeros(1, 2, 4, 4), minimap, torch.zeros(1, 2), regions=torch.zeros(1, 16, 1))
         _, terms = referring_loss([flat], masks, no_target, config)
         terms["minimap"].backward()
         target = 0.5 - 16 * minimap.grad[0, :, 1]  # the gradient of cross entropy is (0.5 - target) / cells

@@ -37,7 +37,7 @@ def test_pipeline_answers_as_model_and_processor_do(segment: Pipeline, folder: P
     model, processor = RelaModel.from_pretrained(folder), tiny_processor()
     with torch.no_grad():
         outputs = model(**processor(images=picture, text=sentences))
-    expected = processor.post_process_referring_segmentation(outputs, [(30, 50)] * 2)
+    expected = processor.post_process_referring_segmentation(outputs, target_sizes=[(30, 50)] * 2)
     answers = segment(picture, text=sentences)
     for answer, sentence, known in zip(answers, sentences, expected, strict=True):
         assert answer["sentence"] == sentence and answer["no_target"] == known["no_target"]

@@ -13,8 +13,10 @@ from benchmarks.ablation import RECIPE, ROWS
 from grefcoco_data.sampling import SentenceBatchSampler
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
-from modeling.training_rela import parameter_groups, rate_factor, refuse_unknown, word_tokenizer
+from modeling.new_models import refuse_unknown, word_tokenizer
+from modeling.training_rela import parameter_groups
 from tests.tiny_training import ROOT, make_dataset, run, tiny
+from training.schedule import rate_factor
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from grefcoco_data import image_rows
+from modeling import processing_rela
 from modeling.training_state import aside, broken_seal, put, seal
 from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
 
@@ -134,7 +135,7 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(dataset, tmp_path):
     assert not (older.parent / ".writing").exists()
 
 
-class Poisoned(train.RelaCollator):
+class Poisoned(processing_rela.RelaCollator):
     """Makes the image of some sentences not finite."""
 
     bad: frozenset[int] = frozenset()
@@ -149,7 +150,7 @@ class Poisoned(train.RelaCollator):
 def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(dataset, tmp_path, monkeypatch, caplog):
     rows = train.grefcoco.load(str(dataset), split="train", columns=["sent_id"])
     monkeypatch.setattr(Poisoned, "bad", frozenset({rows[5]["sent_id"]}))
-    monkeypatch.setattr(train, "RelaCollator", Poisoned)
+    monkeypatch.setattr(processing_rela, "RelaCollator", Poisoned)
     flags = tiny(dataset, tmp_path / "out", max_train_steps=30, category_warmup_steps=0, eval_steps=100)
     assert train_here(*flags) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -10,12 +10,9 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import grefcoco
-from modeling import training_mdetr
 from modeling.modeling_mdetr import MdetrModel
 from modeling.modeling_rela import RelaModel
-from modeling.processing_mdetr import MdetrCollator
-from modeling.processing_rela import RelaCollator
-from modeling.training_rela import StreamingMetrics
+from modeling.trainer_metrics import TrainerMetrics
 from tests import tiny_mdetr
 from tests.tiny_rela import INSTANCES, expression_rows, tiny_config, tiny_processor
 from tests.tiny_training import ROOT, make_dataset, tiny, train_here
@@ -36,7 +33,7 @@ def arguments(out, **changes: object) -> TrainingArguments:
 
 def trainer_of(model, out, rows, metrics, **changes: object) -> Trainer:
     return Trainer(
-        model, arguments(out, **changes), RelaCollator(tiny_processor()), rows, rows,
+        model, arguments(out, **changes), tiny_processor().collator(), rows, rows,
         compute_metrics=metrics, preprocess_logits_for_metrics=metrics.reduce,
     )  # fmt: skip
 
@@ -67,11 +64,9 @@ def test_boxes_score_as_in_train_py(dataset, tmp_path, kind):
     if kind == "rela":
         model, processor = RelaModel(tiny_config(**INSTANCES)), tiny_processor()
         torch.nn.init.constant_(model.instance_chooser.relevance[-1].bias, 3.0)  # so that boxes pass the threshold
-        collator, metrics = RelaCollator(processor), StreamingMetrics(GRES, GREC, processor)
     else:
         model, processor = MdetrModel(tiny_mdetr.tiny_config()), tiny_mdetr.tiny_processor()
-        collator = MdetrCollator(processor)
-        metrics = training_mdetr.StreamingMetrics(grec=GREC, processor=processor)
+    collator, metrics = processor.collator(model.config, training=True), processor.trainer_metrics(GRES, GREC)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     evaluation = ("--eval_only", "--checkpoint", tmp_path / "model", "--dataset", dataset, "--report_to", "none")
@@ -91,11 +86,12 @@ def test_boxes_score_as_in_train_py(dataset, tmp_path, kind):
 
 def test_labels_filled_up_for_other_processes_are_no_boxes():
     processor = tiny_processor()
-    metrics, batch = StreamingMetrics(GRES, GREC, processor), RelaCollator(processor)(expression_rows())
+    metrics, batch = processor.trainer_metrics(GRES, GREC), processor.collator()(expression_rows())
     labels = {**batch.pop("labels"), "sent_id": torch.arange(4)}
     with torch.no_grad():
         outputs = RelaModel(tiny_config(**INSTANCES)).eval()(**batch)
-    kept = metrics.reduce(tuple(outputs[name] for name in metrics.output_names), labels)
+    kept = metrics.reduce(tuple(outputs[name] for name in processor.output_names), labels)
+    assert torch.equal(metrics.reduce(outputs, labels), kept), "a tuple as Trainer's, or the model's outputs"
     expected = metrics(EvalPrediction(kept, labels))
     filled = torch.nn.functional.pad(labels["target_boxes"], (0, 0, 0, 3), value=-100)
     assert metrics(EvalPrediction(kept, {**labels, "target_boxes": filled})) == expected
@@ -108,7 +104,8 @@ def test_trainer_learns_a_batch(tmp_path):
     torch.manual_seed(0)
     model = RelaModel(tiny_config(mask_loss="bce_dice", loss_scale=1.0))
     rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
-    trainer = trainer_of(model, tmp_path, rows, StreamingMetrics(GRES), max_steps=60, learning_rate=3e-3)
+    metrics = TrainerMetrics(tiny_processor(), GRES)
+    trainer = trainer_of(model, tmp_path, rows, metrics, max_steps=60, learning_rate=3e-3)
     before = trainer.evaluate()["eval_gIoU"]
     trainer.train()
     assert trainer.evaluate()["eval_gIoU"] > before + 20
@@ -116,7 +113,7 @@ def test_trainer_learns_a_batch(tmp_path):
 
 def test_padding_of_a_sampler_counts_once_and_scores_start_afresh(tmp_path):
     rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
-    metrics = StreamingMetrics(GRES)
+    metrics = TrainerMetrics(tiny_processor(), GRES)
     trainer = trainer_of(RelaModel(tiny_config()), tmp_path, [*rows, rows[0]], metrics)
     first, again = trainer.evaluate(), trainer.evaluate()
     assert first["eval_gIoU"] == again["eval_gIoU"] and len(metrics.accumulators["gres"]) == 0
@@ -134,7 +131,7 @@ def test_memory_does_not_grow_with_the_number_of_sentences(tmp_path):
     peaks = []
     for copies in (4, 64):
         many = [{**rows[i % 4], "sent_id": i} for i in range(4 * copies)]
-        trainer = trainer_of(RelaModel(tiny_config()), tmp_path, many, StreamingMetrics(GRES))
+        trainer = trainer_of(RelaModel(tiny_config()), tmp_path, many, TrainerMetrics(tiny_processor(), GRES))
         tracemalloc.start()
         trainer.evaluate()
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -144,5 +141,5 @@ def test_memory_does_not_grow_with_the_number_of_sentences(tmp_path):
 
 def test_rows_of_the_data_set_are_what_the_collator_takes(dataset):
     rows = grefcoco.load(str(dataset), split="val")
-    labels = RelaCollator(tiny_processor())([rows[0], rows[1]])["labels"]
+    labels = tiny_processor().collator()([rows[0], rows[1]])["labels"]
     assert labels["sent_id"].tolist() == [rows[0]["sent_id"], rows[1]["sent_id"]]

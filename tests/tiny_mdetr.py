@@ -69,9 +69,9 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor(size: dict[str, int] | None = None, words: list[str] = WORDS) -> MdetrProcessor:
+def tiny_processor(size: dict[str, int] | None = None, words: list[str] = WORDS, **changes: object) -> MdetrProcessor:
     size = size or {"shortest_edge": 96, "longest_edge": 160}
-    return MdetrProcessor(MdetrImageProcessor(size=size), word_tokenizer(words))
+    return MdetrProcessor(MdetrImageProcessor(size=size), word_tokenizer(words), **changes)
 
 
 def expression_rows() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Reads the weights of other people's checkpoints without running anything that is in them, and renames them."""
+"""Reads and renames the weights of foreign checkpoints, without executing code in them."""
 
 import argparse
 import collections
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
-# Their name -> ours. A pattern matches the whole module path; the parameter's own name (weight, bias, ...) follows.
+# Pattern of a whole module path -> our module path; the parameter's own name (weight, bias, ...) is kept.
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 _LEAVES = {"weight", "bias", "in_proj_weight", "in_proj_bias", "running_mean", "running_var"}
 _LEAVES.add("relative_position_bias_table")
@@ -23,9 +23,9 @@ _CONTAINERS = ("model", "state_dict")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a `.safetensors`, a torch file (`.pth`, `.pt`, `.bin`) or a detectron2 `.pkl`.
+    """Read tensors by name from a `.safetensors`, a torch file (`.pth`, `.pt`, `.bin`) or a detectron2 `.pkl`.
 
-    Training checkpoints are opened at their "model" or "state_dict"; the prefix of a parallel wrapper is taken off.
+    Of a training checkpoint they are those under "model" or "state_dict"; the prefix of a parallel wrapper is removed.
 
     Raises:
         ValueError: when the file is missing, damaged, holds more than tensors and plain containers, or no tensors.
@@ -40,20 +40,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor | np.ndarray | np.generic)
     }
     if not tensors:
-        raise ValueError(f"{path} holds no named tensors: name a checkpoint of weights")
+        raise ValueError(f"{path} holds no named tensors: give a checkpoint of weights")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
 
 
 def read_file(path: Path) -> object:
-    """Whatever a weight file holds: tensors, arrays, plain containers and the settings of a command line.
+    """Read a weight file: tensors, arrays, plain containers and the settings of a command line.
 
     Raises:
         ValueError: when the file is missing, damaged, or holds anything else.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: name a .pth, .pkl or .safetensors file")
+        raise ValueError(f"{path} does not exist: give a .pth, .pkl or .safetensors file")
     try:
         return _read(path)
     except Exception as error:
@@ -69,7 +69,7 @@ def rename(name: str, rules: Rules) -> str | None:
         if match:
             try:
                 return f"{match.expand(replacement) if isinstance(replacement, str) else replacement(match)}.{leaf}"
-            except KeyError:  # a part that the rule's table does not have
+            except KeyError:  # a part that is not in the rule's table
                 return None
     return None
 
@@ -84,26 +84,26 @@ def split_projections(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def count_indices(names: Mapping[str, object], pattern: str) -> int:
-    """How many different indices `pattern`, whose group 1 is one, finds at the start of the names."""
+    """Number of different indices, group 1 of `pattern`, at the start of the names."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def write_folder(
     folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], processor: ProcessorMixin, card: str
 ) -> None:
-    """Save `model` with `weights`, its processor, their code and a card: all of it, or nothing.
+    """Save `model` with `weights`, its processor, their code and a card, atomically.
 
     Raises:
         ValueError: when the folder is not empty, or the weights are not exactly those of the model.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: name a new one")
+        raise ValueError(f"{folder} is not an empty folder: give a new one")
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = sorted(dict(ours.items() ^ found.items()))
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(dict(ours.items() ^ theirs.items()))
     if wrong:
         raise ValueError(
-            f"{len(wrong)} parameters are missing, left over or of another shape, {wrong[0]} first: not a whole "
+            f"{len(wrong)} parameters are missing, unexpected or of another shape, {wrong[0]} first: not a whole "
             f"{type(model).__name__}"
         )
     model.load_state_dict(weights)
@@ -117,7 +117,7 @@ def write_folder(
 
 
 def error_line(error: Exception, path: Path) -> str:
-    """The first line of an error about `path`, which it names."""
+    """The first line of an error, with `path` in it."""
     line = str(error).splitlines()[0]
     return line if str(path) in line else f"{path}: {line}"
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> object:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, torch tensors and ordered dictionaries, nothing else."""
+    """Admits only numpy arrays, torch tensors and ordered dictionaries."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("torch.storage", "_load_from_bytes"):

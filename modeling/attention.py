@@ -10,7 +10,7 @@ class Attention(nn.Module):
     """Multi-head attention whose queries, keys and values may come from three different tensors.
 
     Args:
-        config: carries the attention implementation to use.
+        config: names the attention implementation.
         hidden_size: channels of all inputs and of the output.
         num_heads: heads, a divisor of `hidden_size`.
     """
@@ -27,14 +27,26 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
-        """(batch, queries, channels), (batch, keys, channels) x 2 -> (batch, queries, channels).
+        """Attend from queries to keys.
 
-        `mask` broadcasts to (batch, heads, queries, keys): True where a query may look.
+        Args:
+            query: (batch, queries, channels).
+            key, value: (batch, keys, channels).
+            mask: broadcasts to (batch, heads, queries, keys); True where a query attends to a key.
+            dropout: probability of dropping an attention weight.
+
+        Returns:
+            (batch, queries, channels).
         """
         q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
-        return self.out_proj(attend(self, self.config, q, k, v, mask).flatten(2))
+        return self.out_proj(attend(self, self.config, q, k, v, mask, dropout).flatten(2))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, channels per head)
@@ -47,14 +59,16 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + mask) v by `config`'s attention implementation.
 
-    (batch, heads, tokens, d) each -> (batch, query tokens, heads, d). A boolean `mask` is True where a query may look,
-    a floating one is added to the logits.
+    (batch, heads, tokens, d) each -> (batch, query tokens, heads, d). A boolean `mask` is True where a query attends
+    to a key, a floating one is added to the logits.
     """
     function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
-    return function(module, query, key, value, mask, scaling=query.shape[-1] ** -0.5, dropout=0.0, is_causal=False)[0]
+    scaling = query.shape[-1] ** -0.5
+    return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=False)[0]
 
 
 def eager_attention(
@@ -64,13 +78,14 @@ def eager_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    dropout: float,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention written out, with the interface of transformers' attention functions."""
+    """Attention step by step, with the interface of transformers' attention functions."""
     logits = (query * scaling) @ key.transpose(-2, -1)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
     elif attention_mask is not None:
         logits = logits + attention_mask
-    weights = logits.softmax(-1)
+    weights = nn.functional.dropout(logits.softmax(-1), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,44 @@
+"""Several sentences about one image: `image_index` holds for each sentence the position of its image."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
+    """(images, ...) -> (sentences, ...); None means that sentence i is about image i."""
+    return x if image_index is None else x.index_select(0, image_index)
+
+
+def pair_sentences(sentences: int, images: int, image_index: Sequence[int] | None) -> Sequence[int] | None:
+    """The position of each sentence's image; None where sentence i is about image i.
+
+    Args:
+        sentences: number of sentences.
+        images: number of images.
+        image_index: as the user gave it; None pairs them in order, or all with the only image.
+
+    Raises:
+        ValueError: when sentences and images cannot be paired.
+    """
+    if image_index is None and sentences == images:
+        return None
+    if image_index is None and images == 1:
+        return [0] * sentences
+    if image_index is None:
+        raise ValueError(f"{sentences} sentences for {images} images: pass image_index, or lists of sentences")
+    if len(image_index) != sentences or not all(0 <= i < images for i in image_index):
+        raise ValueError(
+            f"image_index={list(image_index)} for {sentences} sentences and {images} images: pass one position of "
+            f"0..{images - 1} per sentence"
+        )
+    return image_index
+
+
+def check_image_index(sentences: int, images: int, image_index: torch.Tensor | None) -> None:
+    """Raises ValueError for more or fewer sentences than images without an `image_index`."""
+    if image_index is None and sentences != images:
+        raise ValueError(
+            f"{sentences} sentences in input_ids and {images} images in pixel_values: pass image_index, the position "
+            "of each sentence's image"
+        )

@@ -1,0 +1,92 @@
+"""Images of any kind to upright RGB, and RGB to normalised pixel values: shared by all image processors here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import ImageInput, PILImageResampling
+
+
+class ReferringImageProcessor(PilBackend):
+    """Base of the image processors: reads images of any mode, type and channel order.
+
+    PIL images are rotated by their EXIF orientation. Subclasses resize and normalise in `_preprocess`.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+    image_std = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
+        """A flat list of images; grey arrays get the channel axis that transformers expects."""
+        is_list = isinstance(images, list | tuple)
+        if is_list and not images:
+            raise ValueError(f"an empty list of images given to {type(self).__name__}: pass at least one")
+        images = [_with_channels(image) for image in images] if is_list else _with_channels(images)
+        return super()._prepare_images_structure(images, expected_ndims)
+
+    def process_image(self, image: ImageInput, **kwargs: object) -> Image.Image:
+        """Convert one image of any kind to an upright RGB image.
+
+        Args:
+            image: PIL in any mode; or an array or tensor, (H, W, 1 | 3 | 4) or channels first, integers 0..255, floats
+                0..1 or booleans.
+
+        Raises:
+            ValueError: for an array of another type, range or shape.
+        """
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return image.convert("RGB")
+        array = self._as_uint8(image)
+        if array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+            array = np.moveaxis(array, 0, -1)  # channels first -> channels last
+        if array.shape[2] not in (1, 3, 4):
+            raise ValueError(
+                f"image of shape {array.shape} given to {type(self).__name__}: pass (H, W, channels) or "
+                "(channels, H, W) with 1, 3 or 4 channels"
+            )
+        array = array[..., 0] if array.shape[2] == 1 else array
+        return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+    def _as_uint8(self, image: np.ndarray | torch.Tensor) -> np.ndarray:
+        """uint8 of any array or tensor whose type and range are unambiguous."""
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        low, high = (image.min(), image.max()) if image.size else (np.nan, np.nan)
+        if image.dtype.kind in "bf" and low >= 0 and high <= 1:
+            return (image * np.float32(255)).round().astype(np.uint8)
+        if image.dtype.kind not in "iu" or low < 0 or high > 255 or not image.size:
+            raise ValueError(
+                f"{image.dtype} image of shape {image.shape} and values {low}..{high} given to {type(self).__name__}: "
+                "pass integers 0..255 or floats 0..1"
+            )
+        return image.astype(np.uint8)
+
+
+def scale_and_shift(
+    rescale_factor: float, mean: Sequence[float], std: Sequence[float], do_normalize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalising as one multiplication and one addition per channel: two arrays (3, 1, 1)."""
+    mean, std = (mean, std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    scale, shift = [rescale_factor / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return tuple(np.asarray(x, dtype=np.float32)[:, None, None] for x in (scale, shift))
+
+
+def write_pixels(image: Image.Image, scale: np.ndarray, shift: np.ndarray, canvas: np.ndarray) -> None:
+    """Write the scaled and shifted pixels of an RGB image into the top left of `canvas`, (3, height, width)."""
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    np.add(pixels * scale, shift, out=canvas[:, : image.height, : image.width])
+
+
+def _with_channels(image: ImageInput) -> ImageInput:
+    return image[..., None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image

@@ -1,0 +1,224 @@
+"""What every family of models offers beside its network: inputs, training batches, answers and scores.
+
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+outputs = model(**processor(images=[image], text=["all red shapes"], return_tensors="pt"))
+processor.post_process_referring_detection(outputs, target_sizes=[(480, 640)])
+Trainer(model, arguments, processor.collator(model.config, training=True), ...)
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import ImageInput
+
+from .boxes import xywh_to_xyxy
+from .image_index import pair_sentences
+from .image_inputs import ReferringImageProcessor
+from .trainer_metrics import TrainerMetrics
+
+BASE_COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
+BOX_PADDING = -100.0  # also the value with which Trainer pads labels
+
+Outputs = Mapping[str, torch.Tensor]  # of a model, or a dictionary of its tensors
+Batch = dict[str, object]
+Collator = Callable[[Sequence[dict]], Batch]
+
+
+class ReferringProcessor(ProcessorMixin):
+    """Base of the processors: an image processor and a tokenizer that pair images with sentences.
+
+    Args:
+        image_processor: of the family.
+        tokenizer: of the family.
+        no_target_threshold: a sentence has no target when its no-target score is greater. Saved with the processor, so
+            that a calibrated value stays with the model; the default of all post-processing.
+
+    Raises:
+        ValueError: for a threshold outside of 0..1.
+    """
+
+    output_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the outputs that Trainer gathers, in their order."""
+
+    def __init__(
+        self,
+        image_processor: ReferringImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        no_target_threshold: float = 0.5,
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+        if not 0 <= no_target_threshold <= 1:
+            raise ValueError(f"no_target_threshold={no_target_threshold}: choose a probability, 0 to 1")
+        self.no_target_threshold = no_target_threshold
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        image_index: Sequence[int] | None = None,
+        return_tensors: str = "pt",
+        **kwargs: object,
+    ) -> BatchFeature:
+        """Model inputs; each image is processed once.
+
+        Args:
+            images: one image or a list, of any kind that `ReferringImageProcessor` reads; None for text alone.
+            text: a sentence, a list of them, or for each image a list of its sentences; None for images alone.
+            image_index: for a flat list of sentences, the position of each one's image; None pairs them in order, or
+                all with the only image.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            the image processor's tensors; input_ids and attention_mask (sentences, tokens); image_index (sentences,),
+            where sentences and images are not one to one.
+
+        Raises:
+            ValueError: when sentences and images cannot be paired.
+        """
+        inputs = BatchFeature()
+        if images is not None:
+            inputs.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+        if text is not None:
+            sentences = [text] if isinstance(text, str) else list(text)
+            if sentences and not isinstance(sentences[0], str):
+                image_index = [i for i, group in enumerate(sentences) for _ in group]
+                sentences = [sentence for group in sentences for sentence in group]
+            inputs.update(self._tokenize(sentences))
+            if images is not None:
+                image_index = pair_sentences(len(sentences), len(inputs["pixel_values"]), image_index)
+                inputs.update({} if image_index is None else {"image_index": np.asarray(image_index, dtype=np.int64)})
+        return inputs.convert_to_tensors(return_tensors)
+
+    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
+        """input_ids and attention_mask (sentences, tokens)."""
+        raise NotImplementedError
+
+    def collator(
+        self,
+        config: PreTrainedConfig | None = None,
+        text_column: str = "sentence",
+        category_ids: Sequence[int] = (),
+        training: bool = False,
+    ) -> Collator:
+        """A function from expression rows of `grefcoco.load` to a batch with labels; an image is processed once.
+
+        Args:
+            config: of the model, to label only what it learns; None labels all that the rows allow.
+            text_column: "sentence", or "raw" for the sentence before it was cleaned.
+            category_ids: the data set's category ids for families that learn categories per pixel, index 1 first.
+            training: whether to add the labels of the losses to those of measuring (see `measuring_labels`).
+        """
+        raise NotImplementedError
+
+    def columns(self, training: bool, config: PreTrainedConfig | None = None) -> list[str]:
+        """The columns of expression rows that `collator` reads, with the same `training` and `config`."""
+        raise NotImplementedError
+
+    def no_target_scores(self, outputs: Outputs) -> torch.Tensor:
+        """(B,) 0..1, how likely each sentence has no target."""
+        raise NotImplementedError
+
+    def mask_logits(self, outputs: Outputs) -> torch.Tensor:
+        """(B, h, w) fp32 at the model's own resolution, above 0 on the target.
+
+        Raises:
+            ValueError: when the family has no masks.
+        """
+        raise NotImplementedError
+
+    def post_process_referring_segmentation(
+        self,
+        outputs: Outputs,
+        threshold: float = 0.5,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None = None,
+        no_target_threshold: float | None = None,
+        return_rle: bool = False,
+    ) -> list[dict[str, object]]:
+        """Masks at the size of the original images, and whether each sentence has no target.
+
+        Args:
+            outputs: of the model, for B sentences.
+            threshold: a pixel is target when its probability is greater.
+            target_sizes: B (height, width) in pixels; None for the processed size.
+            no_target_threshold: a sentence has no target when its score is greater; None for the processor's own.
+            return_rle: give COCO run lengths {"size": [h, w], "counts": str} instead of tensors.
+
+        Returns:
+            for each sentence {"mask": (height, width) bool or RLE, "no_target": bool, "no_target_score": 0..1}. The
+            mask is independent of `no_target`.
+
+        Raises:
+            ValueError: when the family has no masks, or sizes and sentences differ in number.
+        """
+        raise NotImplementedError
+
+    def post_process_referring_detection(
+        self,
+        outputs: Outputs,
+        threshold: float = 0.7,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor | None = None,
+        no_target_threshold: float | None = None,
+    ) -> list[dict[str, object]]:
+        """Boxes and scores of the targets of each sentence.
+
+        Args:
+            outputs: of the model, for B sentences.
+            threshold: boxes that score at least this are given; 0.7 is that of the published GREC evaluation.
+            target_sizes: B (height, width) in pixels.
+            no_target_threshold: a sentence has no target when its score is greater; None for the processor's own.
+
+        Returns:
+            for each sentence {"boxes": (n, 4) x0, y0, x1, y1, "scores": (n,) 0..1, "no_target": bool,
+            "no_target_score": 0..1}.
+
+        Raises:
+            ValueError: when the model has no boxes, or sizes and sentences differ in number.
+        """
+        raise NotImplementedError
+
+    def trainer_metrics(self, gres: object | None = None, grec: object | None = None) -> TrainerMetrics:
+        """Scores for Trainer by the GRES and GREC metrics, as `evaluate.load` gives them."""
+        return TrainerMetrics(self, gres, grec)
+
+
+def measuring_labels(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """The labels of B rows that every collator gives, for `TrainerMetrics`.
+
+    "no_target" (B,) bool; "sent_id", -1 where rows have none, "image_id", "num_targets" and "num_words" (B,) int64;
+    "sizes" (B, 2), height and width of the image in pixels; where rows have boxes "target_boxes" (B, N, 4), x0, y0,
+    x1, y1 in pixels, padded with -100.
+    """
+    labels = {
+        "no_target": torch.tensor([bool(row["no_target"]) for row in rows]),
+        "sent_id": torch.tensor([row.get("sent_id", -1) for row in rows]),
+        "image_id": torch.tensor([row["image_id"] for row in rows]),
+        "num_targets": torch.tensor([len(row["ann_ids"]) for row in rows]),
+        "num_words": torch.tensor([len(row["sentence"].split()) for row in rows]),
+        "sizes": torch.tensor([[row["height"], row["width"]] for row in rows]),
+    }
+    if all("boxes" in row for row in rows):
+        boxes = torch.full((len(rows), max(1, *(len(row["boxes"]) for row in rows)), 4), BOX_PADDING)
+        for b, row in enumerate(rows):
+            boxes[b, : len(row["boxes"])] = xywh_to_xyxy(torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 4))
+        labels["target_boxes"] = boxes
+    return labels
+
+
+def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
+    """The first row of each image, and for each row the position of its image among them."""
+    first_rows = {}
+    for row in rows:
+        first_rows.setdefault(row["image_id"], row)
+    positions = {image_id: i for i, image_id in enumerate(first_rows)}
+    return list(first_rows.values()), [positions[row["image_id"]] for row in rows]
+
+
+def check_sizes(target_sizes: Iterable[tuple[int, int]] | torch.Tensor, sentences: int) -> list[tuple[int, int]]:
+    """The sizes as a list of (height, width); raises ValueError where there is not one for each sentence."""
+    sizes = [tuple(map(int, size)) for size in target_sizes]
+    if len(sizes) != sentences:
+        raise ValueError(f"{len(sizes)} target_sizes for {sentences} sentences: pass one (height, width) each")
+    return sizes
