@@ -24,13 +24,12 @@ class VltConfig(PreTrainedConfig):
 
     # Towers
     stem_channels: int = 32
-    """Channels of DarkNet-53's first convolution; each of its five stages doubles them."""
+    """Channels of DarkNet-53's first convolution; each of its five stages doubles them. The features of image and
+    sentence together have 32 times as many."""
     text_size: int = 1024
     """Channels of the bidirectional GRU."""
 
-    # Fusion, transformer and masks
-    fusion_size: int = 1024
-    """Channels of the features of image and sentence together."""
+    # Transformer and masks
     hidden_size: int = 256
     """Channels of pixels, words and queries in the transformer, of its feed-forward layers, and of the mask layers."""
     num_queries: int = 16

@@ -62,15 +62,13 @@ def read_h5(path: Path | str) -> dict[str, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
             free = path.stat().st_size
-            root = file["model_weights"] if "model_weights" in file else file
+            root = _member(file, "model_weights") if "model_weights" in file else file  # of a whole model
             for layer in _names(root, "layer_names", free):
                 for name in _names(_member(root, layer), "weight_names", free):
                     data = _member(root, f"{layer}/{name}")
                     free -= data.nbytes
                     if free < 0 or data.external or data.is_virtual or data.dtype.kind != "f":
-                        raise ValueError(
-                            f"{layer}/{name}: {data.shape} values of {data.dtype} that are not in the file"
-                        )
+                        raise ValueError(f"{name}: {data.shape} values of {data.dtype} are not in the file")
                     weights[f"{layer}/{_weight_name(layer, name)}"] = data[()].astype(np.float32)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -92,9 +90,7 @@ def convert_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, torch.Ten
     shapes, names = {name: value.shape for name, value in model.state_dict().items()}, parameter_names(model)
     for wrong, reason in ((set(weights) - set(names), "unknown"), (set(names) - set(weights), "missing")):
         if wrong:
-            raise ValueError(
-                f"{len(wrong)} weights are {reason}, {min(wrong)!r} first: not the weights of a whole VLT"
-            )
+            raise ValueError(f"{len(wrong)} weights are {reason}, {min(wrong)!r} first: not a whole VLT")
     converted = {ours: as_torch(weights[theirs]) for theirs, ours in names.items()}
     for theirs, ours in names.items():
         if converted[ours].shape != shapes[ours]:
@@ -116,7 +112,7 @@ def infer_config(weights: Mapping[str, np.ndarray], num_attention_heads: int = 8
     try:
         pixels, hidden_size = weights["dense_3/kernel"].shape
         word_size, text_size = weights["bidirectional_1/forward/kernel"].shape[0], weights["dense_1/bias"].shape[0]
-        stem, fusion, queries = (weights[f"{name}/kernel"].shape[-1] for name in ("conv2d_1", "dense_2", "conv2d_73"))
+        stem, queries = (weights[f"{name}/kernel"].shape[-1] for name in ("conv2d_1", "conv2d_73"))
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"no usable {error} among the weights: not the weights of a whole VLT") from error
     layers = {kind: count_indices(weights, rf"{kind}-(\d+)-FeedForward/") for kind in ("Encoder", "Decoder")}
@@ -126,7 +122,6 @@ def infer_config(weights: Mapping[str, np.ndarray], num_attention_heads: int = 8
         max_words=max_words,
         stem_channels=stem,
         text_size=text_size,
-        fusion_size=fusion,
         hidden_size=hidden_size,
         num_queries=queries,
         num_attention_heads=num_attention_heads,

@@ -13,7 +13,7 @@ FIXED_POINT = 11  # bits of OpenCV's interpolation weights
 
 
 class VltImageProcessor(ReferringImageProcessor):
-    """Resizes an image into the middle of a grey square, values 0..1. Other resampling, scales and means are ignored."""
+    """Resizes an image into the middle of a grey square, values 0..1. No other resampling and scale is possible."""
 
     size = {"height": 416, "width": 416}
     resample = PILImageResampling.BICUBIC
@@ -26,8 +26,8 @@ class VltImageProcessor(ReferringImageProcessor):
         pixel_values = np.full((len(images), 3, size["height"], size["width"]), GREY, dtype=np.float32)
         for image, canvas in zip(images, pixel_values, strict=True):
             rows, columns = letterbox((image.height, image.width), canvas.shape[-1])
-            resized = resize_bicubic(np.asarray(image), (rows.stop - rows.start, columns.stop - columns.start))
-            canvas[:, rows, columns] = resized.transpose(2, 0, 1) / np.float32(255)
+            box = canvas[:, rows, columns]
+            box[:] = resize_bicubic(np.asarray(image), box.shape[1:]).transpose(2, 0, 1) / np.float32(255)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def resize_mask(self, mask: np.ndarray) -> np.ndarray:
@@ -37,10 +37,8 @@ class VltImageProcessor(ReferringImageProcessor):
         """
         canvas = np.zeros((self.size["height"], self.size["width"]), dtype=np.float32)
         rows, columns = letterbox(mask.shape, canvas.shape[-1])
-        resized = resize_bicubic(
-            mask[..., None] * np.uint8(255), (rows.stop - rows.start, columns.stop - columns.start)
-        )
-        canvas[rows, columns] = resized[..., 0] / np.float32(255)
+        box = canvas[rows, columns]
+        box[:] = resize_bicubic(mask[..., None] * np.uint8(255), box.shape)[..., 0] / np.float32(255)
         return canvas[::2, ::2]
 
 
@@ -53,7 +51,7 @@ def letterbox(original: tuple[int, int], side: int) -> tuple[slice, slice]:
 
 
 def resize_bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, channels) uint8 at another (height, width), as cv2.resize does with INTER_CUBIC: without anti-aliasing."""
+    """Resize (H, W, channels) uint8 to (height, width), as cv2.resize with INTER_CUBIC: without anti-aliasing."""
     x = np.moveaxis(_interpolate(np.moveaxis(image.astype(np.int32), 1, 0), size[1]), 1, 0)
     x = _interpolate(x, size[0])
     half = 1 << (2 * FIXED_POINT - 1)  # round to nearest
@@ -65,19 +63,23 @@ def _interpolate(x: np.ndarray, length: int) -> np.ndarray:
     place = (np.arange(length) + 0.5) * (len(x) / length) - 0.5
     start = np.floor(place).astype(int)
     t = (place - start).astype(np.float32)
-    far, near = (
-        (lambda d: ((CUBIC * d - 5 * CUBIC) * d + 8 * CUBIC) * d - 4 * CUBIC),
-        (  # distances 1..2 and 0..1
-            lambda d: ((CUBIC + 2) * d - (CUBIC + 3)) * d * d + 1
-        ),
-    )
-    weights = [far(t + 1), near(t), near(1 - t)]
+    weights = [_far(t + 1), _near(t), _near(1 - t)]
     weights.append(1 - sum(weights))
     total = np.zeros((length, *x.shape[1:]), dtype=np.int32)
     for offset, weight in zip((-1, 0, 1, 2), weights):
         fixed = np.rint(weight * (1 << FIXED_POINT)).astype(np.int32)
         total += fixed[:, None, None] * x[np.clip(start + offset, 0, len(x) - 1)]  # the edge is repeated
     return total
+
+
+def _near(d: np.ndarray) -> np.ndarray:
+    """Weight of a pixel at a distance of 0 to 1."""
+    return ((CUBIC + 2) * d - (CUBIC + 3)) * d * d + 1
+
+
+def _far(d: np.ndarray) -> np.ndarray:
+    """Weight of a pixel at a distance of 1 to 2."""
+    return ((CUBIC * d - 5 * CUBIC) * d + 8 * CUBIC) * d - 4 * CUBIC
 
 
 VltImageProcessor.register_for_auto_class("AutoImageProcessor")

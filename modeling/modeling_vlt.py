@@ -6,7 +6,7 @@
     processor.post_process_referring_segmentation(outputs, target_sizes=[(480, 640)])
 
 Source: "Vision-Language Transformer and Query Generation for Referring Segmentation" (ICCV 2021), its Keras code.
-`convert_vlt` reads the order of the layers from here: convolutions and batch norms are created in the original's order.
+`convert_vlt` reads the order of the layers from here: convolutions and batch norms are created in that order.
 """
 
 from dataclasses import dataclass
@@ -149,9 +149,9 @@ class VltModel(VltPreTrainedModel):
     def _check_inputs(
         self, pixel_values: torch.Tensor, word_vectors: torch.Tensor, image_index: torch.Tensor | None
     ) -> None:
-        size = (3, self.config.image_size, self.config.image_size)
-        if tuple(pixel_values.shape[1:]) != size:
-            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}: this model reads (images, *{size})")
+        shape, side = tuple(pixel_values.shape), self.config.image_size
+        if shape[1:] != (3, side, side):
+            raise ValueError(f"pixel_values of shape {shape}: this model reads (images, 3, {side}, {side})")
         if image_index is None and len(word_vectors) != len(pixel_values):
             raise ValueError(
                 f"{len(word_vectors)} sentences in word_vectors and {len(pixel_values)} images in pixel_values: pass "
@@ -162,7 +162,7 @@ class VltModel(VltPreTrainedModel):
 class BatchNorm(nn.Module):
     """Batch normalisation over all dimensions but the second, with Keras' constants.
 
-    As in Keras 2.3, one whose weights are frozen keeps its running statistics, but normalises by the batch in training.
+    As in Keras 2.3, frozen weights keep the running statistics too, but training still normalises by the batch.
     (Keras' running variance is larger by n / (n - 1.001) for n values a channel; this one is not.)
     """
 
@@ -197,8 +197,8 @@ class ConvNorm(nn.Module):
 class Residual(nn.Sequential):
     """A 1 x 1 and a 3 x 3 convolution with a shortcut."""
 
-    def __init__(self, channels: int, inner_channels: int, out_channels: int) -> None:
-        super().__init__(ConvNorm(channels, inner_channels, 1), ConvNorm(inner_channels, out_channels))
+    def __init__(self, channels: int) -> None:
+        super().__init__(ConvNorm(channels, channels // 2, 1), ConvNorm(channels // 2, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + super().forward(x)
@@ -213,7 +213,7 @@ class DarkNet(nn.Module):
         self.stages = nn.ModuleList()
         for blocks in DARKNET_BLOCKS:
             down, channels = ConvNorm(channels, 2 * channels, stride=2), 2 * channels
-            residuals = (Residual(channels, channels // 2, channels) for _ in range(blocks))
+            residuals = (Residual(channels) for _ in range(blocks))
             self.stages.append(nn.Sequential(down, *residuals))
         pairs = ((ConvNorm(channels, channels // 2, 1), ConvNorm(channels // 2, channels)) for _ in range(3))
         self.neck = nn.Sequential(*(layer for pair in pairs for layer in pair))
@@ -272,13 +272,14 @@ class Fusion(nn.Module):
 
     def __init__(self, config: VltConfig) -> None:
         super().__init__()
-        self.image = Residual(32 * config.stem_channels, config.fusion_size // 2, config.fusion_size)
-        self.text = nn.Linear(config.text_size, config.fusion_size)
-        self.text_norm = BatchNorm(config.fusion_size)
-        self.norm = BatchNorm(config.fusion_size)
+        channels = 32 * config.stem_channels
+        self.image = Residual(channels)
+        self.text = nn.Linear(config.text_size, channels)
+        self.text_norm = BatchNorm(channels)
+        self.norm = BatchNorm(channels)
 
     def forward(self, image: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
-        """(B, channels, h, w) and (B, text_size) -> (B, fusion_size, h, w)."""
+        """(B, channels, h, w) and (B, text_size) -> (B, channels, h, w)."""
         text = leaky(self.text_norm(self.text(sentence)))
         return leaky(self.norm(self.image(image) * text[:, :, None, None]))
 
@@ -288,25 +289,21 @@ class Pyramid(nn.Module):
 
     def __init__(self, config: VltConfig) -> None:
         super().__init__()
-        middle, fine, size, half = (
-            *(config.stem_channels * n for n in (16, 8)),
-            config.fusion_size,
-            config.fusion_size // 2,
-        )
-        self.middle = ConvNorm(middle, middle, 1)
-        self.middle_mix = ConvNorm(size + middle, half, 1)
+        fine, half, fused = (n * config.stem_channels for n in (8, 16, 32))  # the stride-16 map has half of the fused
+        self.middle = ConvNorm(half, half, 1)
+        self.middle_mix = ConvNorm(fused + half, half, 1)
         self.fine = ConvNorm(fine, fine, 1)
         self.fine_mix = ConvNorm(half + fine, half, 1)
         self.narrow = ConvNorm(half, half // 2, 1)
         self.widen = ConvNorm(half // 2, half)
-        self.coarse = ConvNorm(2 * half, half, 1)
-        self.coarse_mix = ConvNorm(size + half, PIXEL_SIZE, 1)
+        self.coarse = ConvNorm(fused, half, 1)
+        self.coarse_mix = ConvNorm(fused + half, PIXEL_SIZE, 1)
         self.project = ConvNorm(PIXEL_SIZE, config.hidden_size, 1)
 
     def forward(
         self, fused: torch.Tensor, middle: torch.Tensor, fine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps at strides 32, 16 and 8 -> (B, fusion_size / 2, h, w) and (B, hidden, h, w) at stride 16."""
+        """Maps at strides 32, 16 and 8 -> (B, 16 stem_channels, h, w) and (B, hidden, h, w) at stride 16."""
         fused = enlarge(fused)
         middle = self.middle_mix(torch.cat([fused, self.middle(middle)], dim=1))
         fine = self.fine(nn.functional.avg_pool2d(fine, 2))
@@ -321,12 +318,12 @@ class QueryNet(nn.Module):
 
     def __init__(self, config: VltConfig) -> None:
         super().__init__()
-        channels = config.fusion_size // 2 + 6
+        channels = 16 * config.stem_channels + 6
         self.layers = nn.Sequential(*(ConvNorm(channels, channels) for _ in range(3)))
         self.head = nn.Conv2d(channels, config.num_queries, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, fusion_size / 2, h, w) -> (B, queries, h, w); six more channels hold x, x, x, y, y, y in -1..1."""
+        """(B, 16 stem_channels, h, w) -> (B, queries, h, w); six more channels hold x, x, x, y, y, y in -1..1."""
         rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:])
         y, x_ = torch.meshgrid(rows, columns, indexing="ij")
         places = torch.stack([x_, x_, x_, y, y, y]).expand(len(x), -1, -1, -1)

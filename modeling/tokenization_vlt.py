@@ -19,13 +19,13 @@ PARTS = re.compile(
 class VltTokenizer(PythonBackend):
     """Splits sentences at white space and looks words up, upper and lower case as they are.
 
-    The original asks spaCy 2 (`en_vectors_web_lg`: GloVe of Common Crawl, 300 values): a word's vector is the mean over
-    spaCy's tokens of it. `PARTS` are its rules for punctuation and English contractions; its list of single exceptions
-    ("cannot", "gonna") is not reproduced.
+    The original asks spaCy 2 (`en_vectors_web_lg`: GloVe of Common Crawl, 300 values): a word's vector is the mean
+    over spaCy's tokens of it. `PARTS` are its rules for punctuation and English contractions; its list of single
+    exceptions ("cannot", "gonna") is not reproduced.
 
     Args:
-        vocab_file: the table: GloVe text, or safetensors with "words" (uint8, UTF-8 separated by line feeds) and "vectors"
-            (words, size) float32; None for an empty one, with which nothing can be read.
+        vocab_file: the table: GloVe text, or safetensors with "words" (uint8, UTF-8 separated by line feeds) and
+            "vectors" (words, size) float32; None for an empty one, with which nothing can be read.
 
     Raises:
         ValueError: when the table is missing, damaged or contradicts itself.
