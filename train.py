@@ -33,7 +33,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    broadcast_object_list,
     gather_object,
     send_to_device,
     set_seed,
@@ -48,7 +47,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import grefcoco
-from grefcoco_data.atomic_files import publish, remove_staging, seal, seal_fault, staging_folder, write_text
+from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder, staging_path, write_text
 from grefcoco_data.loading import category_ids
 from modeling.trainer_metrics import flat
 from scoring import report
@@ -345,11 +344,11 @@ class Run:
     def save_checkpoint(self) -> None:
         """Save everything a resume needs under checkpoints/step-N, sealed with hashes and renamed when it is whole."""
         final = self.output_dir / "checkpoints" / f"step-{self.progress.step:08d}"
-        staging = None
+        staging = staging_path(final)
         if self.accelerator.is_main_process:
             with self.disk_errors(final):
-                staging = staging_folder(final)
-        staging = Path(broadcast_object_list([str(staging)])[0])
+                staging_folder(final)
+        self.accelerator.wait_for_everyone()
         with self.disk_errors(final):
             self.accelerator.save_state(str(staging))
         self.accelerator.wait_for_everyone()
@@ -373,7 +372,7 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own errors
-            remove_staging(final)
+            shutil.rmtree(staging_path(final), ignore_errors=True)
             raise Stopped(
                 f"cannot write {final}: {error}; what was saved before is intact: free some disk space, then "
                 "--resume_from_checkpoint latest"

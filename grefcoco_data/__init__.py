@@ -1,1 +1,1 @@
-"""What `grefcoco.py` is made of: reading the genuine files, the field's own index, the commands, pages and plots."""
+"""The data sets behind `grefcoco.py`: reading, checking, building, loading and showing them."""

@@ -1,8 +1,8 @@
-"""GRefer: the interface of gRefCOCO's G_REFER, and of REFER for the RefCOCO family, on genuine files or built ones.
+"""GRefer: the interface of gRefCOCO's G_REFER, and of REFER for the RefCOCO family, on genuine or built files.
 
-Method names, arguments and results are those of the original grefer.py, as code in the field expects them. Where the
+Method names, arguments and results are those of the original grefer.py, because existing code expects them. Where the
 original raises or counts pixels twice (ref_id 0, crowd and RLE masks, overlapping polygons, unknown images, drawing),
-this gives what was meant.
+this class returns the intended result.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.dataset as arrow_dataset
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from grefcoco_data.annotation_json import no_collector
-from grefcoco_data.files import CONFIGS, REPORT, as_list, merge_rles, read_files, read_report, targets, to_rle
+from grefcoco_data.annotation_json import without_garbage_collection
+from grefcoco_data.annotations import as_list, read_files, targets
+from grefcoco_data.building import REPORT, read_report
+from grefcoco_data.collections import COLLECTIONS
+from grefcoco_data.masks import decode_mask, merge_rles, to_rle
 
 Ids = int | str | Iterable[int] | Iterable[str]
 
@@ -33,35 +35,36 @@ class GRefer:
 
     Args:
         data_root: Folder that holds the data set's folder or its files, or a folder `grefcoco.build` wrote.
-        dataset: "grefcoco", "refcoco", "refcoco+", "refcocog" or "refclef".
-        splitBy: Author of the split: "unc", "google", "umd" or "berkeley".
+        dataset: "grefcoco", "refcoco", "refcoco+", "refcocog", "refclef" or "ref-zom".
+        splitBy: Author of the split: "unc", "google", "umd", "berkeley" or "final".
 
     Raises:
-        FileNotFoundError, ValueError: as `files.read_files`; a ref whose annotation is missing.
+        FileNotFoundError, ValueError: as `read_files`; a ref whose annotation is missing.
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "grefcoco", splitBy: str = "unc"):
+        names = {(collection.dataset, collection.split_by): name for name, collection in COLLECTIONS.items()}
+        config = names.get((dataset, splitBy))
+        if config is None:
+            raise ValueError(f"No data set {dataset!r} split by {splitBy!r}; there are {', '.join(COLLECTIONS)}.")
         self.root = Path(data_root)
-        self.single = dataset != "grefcoco"
+        self.single = COLLECTIONS[config].single_target
         self.built = (self.root / REPORT).is_file()
-        config = dataset if (dataset, splitBy) == ("grefcoco", "unc") else f"{dataset}_{splitBy}"
-        if config not in CONFIGS:
-            raise ValueError(f"No data set {dataset!r} split by {splitBy!r}; there are {', '.join(CONFIGS)}.")
         refs, instances = self._read_built(config) if self.built else read_files(self.root, config, as_lists=True)
-        names = ("images/train2014", "images/mscoco/images/train2014", "train2014")
-        folders = [self.root / name for name in (("images/saiapr_tc-12",) if dataset == "refclef" else names)]
+        places = ("images", "images/mscoco/images", ".")
+        folders = [self.root / place / COLLECTIONS[config].image_folder for place in places]
         self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[0]))
         self.data = {"dataset": dataset, "refs": refs} | instances
         try:
-            with no_collector():
+            with without_garbage_collection():
                 self.createIndex()
         except KeyError as error:
             raise ValueError(
-                f"{self.root}: a record lacks {error}, or points at an id {error} that none has."
+                f"{self.root}: a record has no field {error}, or names an id {error} that does not exist."
             ) from error
 
     def createIndex(self) -> None:
-        """Make the maps between ids and records, in one pass each."""
+        """Make the maps between ids and records, each in one pass."""
         self.Anns: dict[int, dict | None] = {-1: None} | {ann["id"]: ann for ann in self.data["annotations"]}
         self.Imgs = {image["id"]: image for image in self.data["images"]}
         self.Cats = {category["id"]: category["name"] for category in self.data["categories"]}
@@ -75,14 +78,14 @@ class GRefer:
         self.annToRef = _grouped((key, ref) for ref in refs for key in as_list(ref["ann_id"]))
         if self.single:
             self.refToAnn = {key: anns[0] for key, anns in self.refToAnn.items()}
-            self.annToRef = {key: found[-1] for key, found in self.annToRef.items()}
+            self.annToRef = {key: group[-1] for key, group in self.annToRef.items()}
         self.Sents = {sentence["sent_id"]: sentence for ref in refs for sentence in ref["sentences"]}
         self.sentToRef = {sentence["sent_id"]: ref for ref in refs for sentence in ref["sentences"]}
         self.sentToTokens = {key: sentence["tokens"] for key, sentence in self.Sents.items()}
         self._ann_ids = {ann["id"] for ann in self.data["annotations"]}
 
     def getRefIds(self, image_ids: Ids = (), cat_ids: Ids = (), split: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the refs that fit all that is given. Raises ValueError for a split the files do not have."""
+        """Ids of the refs that fit all arguments. Raises ValueError for a split that the files do not have."""
         images, categories, splits, chosen = map(_ids, (image_ids, cat_ids, split, ref_ids))
         for name in splits:
             if not any(self._in_split(available, name) for available in self.availableSplits):
@@ -97,13 +100,13 @@ class GRefer:
         return [ref["ref_id"] for ref in refs]
 
     def getAnnIds(self, image_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the annotations on these images, of those what these refs point at, then in ascending order."""
+        """Ids of the annotations of these images; with `ref_ids` only those of these refs, in ascending order."""
         images, refs = _ids(image_ids), _ids(ref_ids)
-        found = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
+        of_images = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
         if not refs:
-            return found if images else [ann["id"] for ann in self.data["annotations"]]
-        wanted = {key for ref_id in refs for key in as_list(self.Refs[ref_id]["ann_id"])}
-        return sorted((set(found) if images else self._ann_ids) & wanted)
+            return of_images if images else [ann["id"] for ann in self.data["annotations"]]
+        of_refs = {key for ref_id in refs for key in targets(self.Refs[ref_id])}
+        return sorted((set(of_images) if images else self._ann_ids) & of_refs)
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
         """Ids of the images of these refs, or of all images."""
@@ -131,25 +134,26 @@ class GRefer:
         return [self.Cats[key] for key in _ids(cat_ids)]
 
     def getRefBox(self, ref_id: int) -> list:
-        """Boxes [x, y, w, h] in pixels of the ref's annotations, none for no target; the one box in REFER's manner."""
+        """Boxes [x, y, w, h] in pixels of the ref's targets; in the RefCOCO family the one box, not a list."""
         if self.single:
             return self.refToAnn[ref_id]["bbox"]
-        return [ann["bbox"] for ann in self.refToAnn[ref_id] if ann is not None]
+        return [ann["bbox"] for ann in self.loadAnns(targets(self.Refs[ref_id]))]
 
     def getMask(self, ann: dict | None) -> dict | None:
-        """`{"mask": (height, width) uint8 of 0 and 1, "area": pixels}` of an annotation, or, as in REFER, of a ref."""
+        """`{"mask": (height, width) uint8 of 0 and 1, "area": pixels}` of an annotation, or of a ref as in REFER."""
         if not ann:
             return None
         if "ref_id" in ann:
             mask = self.getMaskByRef(ann, merge=True)["mask"]
         else:
-            mask = coco_mask.decode(self._rle(ann))
+            mask = decode_mask(self._rle(ann))
         return {"mask": mask, "area": float(mask.sum())}
 
     def getMaskByRef(self, ref: dict | None = None, ref_id: int | None = None, merge: bool = False) -> dict | list:
-        """Mask of all targets, `{"mask", "empty"}`, with `merge` or without target; else a `getMask` result for each.
+        """Mask of all targets, `{"mask", "empty"}`, with `merge` or for no target; else a list of `getMask` results.
 
-        Crowd regions are left out, but for merging a ref that has no other target. Raises ValueError without a ref.
+        Crowd regions are ignored, except when a ref without any other target is merged. Raises ValueError without a
+        ref.
         """
         if ref is None and ref_id is None:
             raise ValueError("getMaskByRef needs a ref or a ref_id.")
@@ -162,40 +166,40 @@ class GRefer:
             return [self.getMask(ann) for ann in anns if not ann["iscrowd"]]
         crowd = [bool(ann["iscrowd"]) for ann in anns]
         rle = merge_rles([self._rle(ann) for ann in anns], crowd, image["height"], image["width"])
-        return {"mask": coco_mask.decode(rle), "empty": False}
+        return {"mask": decode_mask(rle), "empty": False}
 
     def showRef(self, ref: dict, seg_box: str = "seg") -> None:
-        """Draw the ref's image on the current axes, with outlines ("seg") or boxes ("box"); print its sentences."""
+        """Print the sentences of a ref; draw its image, with outlines ("seg") or boxes ("box"), with matplotlib."""
         from matplotlib import pyplot as plt
 
         axes = plt.gca()
-        axes.imshow(self._picture(ref["image_id"]))
+        axes.imshow(self._image(ref["image_id"]))
         for number, sentence in enumerate(ref["sentences"], start=1):
             print(f"{number}. {sentence['sent']}")
         for ann in self.loadAnns(targets(ref)):
             if seg_box == "seg":
-                axes.contour(coco_mask.decode(self._rle(ann)), levels=[0.5], colors=["#f0386b"])
+                axes.contour(decode_mask(self._rle(ann)), levels=[0.5], colors=["#f0386b"])
             else:
                 x, y, width, height = ann["bbox"]
                 axes.add_patch(plt.Rectangle((x, y), width, height, fill=False, edgecolor="#2e9e5b", linewidth=3))
 
     def showMask(self, ref: dict, seg_box: str = "seg") -> None:
-        """Draw the merged mask of a ref on the current axes."""
+        """Draw the merged mask of a ref with matplotlib."""
         from matplotlib import pyplot as plt
 
         plt.gca().imshow(self.getMaskByRef(ref, merge=True)["mask"])
 
-    def _in_split(self, found: str, asked: str) -> bool:
-        """REFER's rule for the RefCOCO family: "test" is every test split, and testAB counts as testA too."""
-        if not self.single or not asked.startswith("test"):
-            return found == asked
-        return found.startswith("test") and set(asked[4:]) <= set(found[4:])
+    def _in_split(self, split: str, requested: str) -> bool:
+        """REFER's rule for the RefCOCO family: "test" is every test split, and testAB is part of testA too."""
+        if not self.single or not requested.startswith("test"):
+            return split == requested
+        return split.startswith("test") and set(requested[4:]) <= set(split[4:])
 
     def _rle(self, ann: dict) -> dict:
         image = self.Imgs[ann["image_id"]]
         return to_rle(ann["segmentation"], image["height"], image["width"])[0]
 
-    def _picture(self, image_id: int) -> Image.Image:
+    def _image(self, image_id: int) -> Image.Image:
         if not self.built:
             return Image.open(Path(self.IMAGE_DIR) / self.Imgs[image_id]["file_name"])
         rows = arrow_dataset.dataset(self.root / "data").head(
@@ -239,7 +243,7 @@ class GRefer:
 
 
 def _annotation(item: dict, image_id: int) -> dict:
-    """A record as in instances.json; of the float32 a box is stored in, the shortest decimals: 162.07, as it was."""
+    """A record as in instances.json. Boxes are stored as float32; their shortest decimals are those of the file."""
     return {
         "id": item["ann_id"],
         "image_id": image_id,

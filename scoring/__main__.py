@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 
 import grefcoco
-from grefcoco_data.atomic_files import write_text
-from grefcoco_data.commands import CommandParser
+from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.atomic_files import new_file, write_text
 from scoring.answers import BOX_THRESHOLD, read_answers
 from scoring.measurement import COLUMNS, GREC, GRES, Measurement, batches, box_reference
 from scoring.prediction import write_answers
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="scoring", description="Answers of models, and their scores.")
+    parser = ArgumentParser(prog="scoring", description="Answers of models, and their scores.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("predict", help="write the answers of a checkpoint")
     add.add_argument("checkpoint", help="model folder or Hub id")
@@ -193,10 +192,8 @@ def _write_table(path: Path, measurement: Measurement, thresholds: dict[str, obj
         threshold = thresholds[name]
         table = accumulator.table(**({} if threshold is None else {"threshold": threshold}))
         place = _path_of(path, name, measurement.tasks())
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
-        with partial.open("w", newline="") as file:
+        with new_file(place) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([table, *zip(*table.values())])
-        partial.replace(place)
 
 
 if __name__ == "__main__":

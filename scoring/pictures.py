@@ -6,7 +6,6 @@ written as PNG.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from grefcoco_data.atomic_files import new_file
 from grefcoco_data.masks import decode_mask, xywh_to_xyxy
 from scoring.answers import Answer
 
@@ -113,10 +113,9 @@ def overlay(image: Image.Image, mask: np.ndarray, colour: str, strength: float =
 
 def save_figure(figure: plt.Figure, path: Path, dpi: int) -> None:
     """Save a matplotlib figure as PNG whole or not at all, and close it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=dpi)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def _draw_sentence(block: plt.SubFigure, row: dict, answer: Answer, rejected: bool) -> None:

@@ -1,7 +1,8 @@
-"""The command line: what it prints, what it leaves, how it fails; downloads from a server on this machine."""
+"""The command line: output, files and errors; downloads from a server on this machine."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import http.server
@@ -13,10 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 import grefcoco
-from grefcoco_data import commands
+from grefcoco_data import building, collections, commands, official, show
+from grefcoco_data.annotations import read_annotations
+from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.atomic_files import sha256
+from grefcoco_data.collections import COLLECTIONS, COUNTED
+from grefcoco_data.masks import decode_mask
 from tests.tiny_grefcoco import write_genuine
 
 
@@ -84,7 +91,7 @@ def test_bad_input_is_one_line_and_code_2(genuine, tmp_path, capsys, trouble):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
-    """A limit on the size of files stands for the disk: writing fails halfway either way."""
+    """A limit on the size of files acts as a full disk: writing fails halfway."""
     script = Path(grefcoco.__file__)
     options = f"--annotations {genuine} --images {genuine / 'train2014'} --out {tmp_path / 'out'}"
     command = f"ulimit -f 8; exec {sys.executable} {script} build {options} --num-proc {processes}"
@@ -93,7 +100,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
     assert "Traceback" not in done.stderr and sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
-def test_check_knows_whole_from_damaged(genuine, built, capsys):
+def test_check_finds_damage(genuine, built, capsys):
     assert run("check", genuine) == run("check", built) == 0
     printed = capsys.readouterr().out
     assert "1 images shared between splits" in printed and "not the official release" in printed
@@ -108,41 +115,44 @@ def test_check_knows_whole_from_damaged(genuine, built, capsys):
     grefcoco.build(genuine, genuine / "train2014", built)
     (built / "data" / "val-00009-of-00010.parquet").write_bytes(b"left over")
     assert run("check", built) == 1
-    assert "val-00009-of-00010.parquet is no part" in capsys.readouterr().out
+    assert "val-00009-of-00010.parquet is not part" in capsys.readouterr().out
     for text in ("{", "{}"):
         (built / "build.json").write_text(text)
         assert run("check", built) == 2
         assert "build.json" in capsys.readouterr().err
 
 
+def as_release(monkeypatch: pytest.MonkeyPatch, sums: dict[str, str], counts: dict, images: str = "") -> None:
+    """Make these files the official ones of gRefCOCO."""
+    release = dataclasses.replace(COLLECTIONS["grefcoco"].release, sha256=sums, images=images)
+    official = dataclasses.replace(COLLECTIONS["grefcoco"], release=release, counts=counts)
+    monkeypatch.setitem(collections.COLLECTIONS, "grefcoco", official)
+
+
 def test_official_files_are_recognised(genuine, monkeypatch, capsys):
-    hashes = {name: grefcoco.sha256(genuine / name) for name in commands.OFFICIAL_SHA256}
-    monkeypatch.setattr(commands, "OFFICIAL_SHA256", hashes)
-    counts = commands._count_genuine(commands.read_annotations(genuine))
-    monkeypatch.setattr(
-        commands,
-        "OFFICIAL_COUNTS",
-        {split: tuple(found[name] for name in grefcoco.COUNTED) for split, found in counts.items()},
-    )
+    sums = {name: sha256(genuine / name) for name in COLLECTIONS["grefcoco"].release.sha256}
+    as_release(monkeypatch, sums, read_annotations(genuine).counts())
     assert run("check", genuine) == 0
     printed = capsys.readouterr().out
     assert printed.count("official release") == 2 + 4 and "not the official release" not in printed
 
 
 def test_counts_agree_built_and_genuine(genuine, tmp_path, monkeypatch):
-    monkeypatch.setattr(grefcoco, "shard_count", lambda num_images: min(4, num_images))
+    monkeypatch.setattr(building, "shard_count", lambda num_images: min(4, num_images))
     report = grefcoco.build(genuine, genuine / "train2014", tmp_path / "out")
-    for split, counts in commands._count_genuine(commands.read_annotations(genuine)).items():
+    for split, counts in read_annotations(genuine).counts().items():
+        assert list(counts) == list(COUNTED)
         assert {name: report["splits"][split][name] for name in counts} == counts
 
 
 def test_official_counts_add_up():
-    sums = [sum(column) for column in zip(*commands.OFFICIAL_COUNTS.values())]
+    counts = [tuple(split[name] for name in COUNTED) for split in COLLECTIONS["grefcoco"].counts.values()]
+    sums = [sum(column) for column in zip(*counts)]
     assert sums[1:6] == [94_050, 258_836, 37_166, 132_187, 89_483] and sums[0] == 19_994 + 1
-    assert all(row[2] == sum(row[3:6]) for row in commands.OFFICIAL_COUNTS.values())
+    assert all(row[2] == sum(row[3:6]) for row in counts)
 
 
-def test_stats_and_show_leave_pictures(genuine, built, tmp_path, capsys):
+def test_stats_and_show_write_pictures(genuine, built, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for source in (genuine, built):
         assert run("stats", source, "--out", tmp_path / "stats.png") == 0
@@ -176,7 +186,7 @@ def test_export_writes_a_file_per_split(built, tmp_path, kind):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content` with ranges; breaks off after `server.limit` bytes of a body."""
+    """Serves `server.content` with ranges; stops after `server.limit` bytes of a body."""
 
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
@@ -210,63 +220,127 @@ def server() -> Iterator[http.server.HTTPServer]:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_cut_download_goes_on_where_it_stopped(server, tmp_path, ranges):
+def test_an_interrupted_download_continues(server, tmp_path, ranges):
     path, server.limit, server.ranges = tmp_path / "file", 40_000, ranges
     with pytest.raises(ValueError, match="cut off after 40000 of 128000"):
-        commands.fetch(server.url, path)
+        official.download_file(server.url, path)
     assert not path.exists()
     server.limit = None
-    commands.fetch(server.url, path, hashlib.sha256(server.content).hexdigest())
+    official.download_file(server.url, path, hashlib.sha256(server.content).hexdigest())
     assert path.read_bytes() == server.content and server.asked == [0, 40_000]
-    commands.fetch(server.url, path)
+    official.download_file(server.url, path)
     assert len(server.asked) == 2 and [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
 def test_download_killed_before_its_last_step_is_finished(server, tmp_path):
     (tmp_path / "file.part").write_bytes(server.content)
-    commands.fetch(server.url, tmp_path / "file", hashlib.sha256(server.content).hexdigest())
+    official.download_file(server.url, tmp_path / "file", hashlib.sha256(server.content).hexdigest())
     assert [item.name for item in tmp_path.iterdir()] == ["file"] and server.asked == [128_000]
 
 
-def test_wrong_checksum_is_thrown_away(server, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_deleted(server, tmp_path):
     with pytest.raises(ValueError, match="sha256"):
-        commands.fetch(server.url, tmp_path / "file", "0" * 64)
+        official.download_file(server.url, tmp_path / "file", "0" * 64)
     assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_ends_a_download_in_one_line(server, tmp_path):
     (tmp_path / "file.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"file\.part: .*No space left.*Run again"):
-        commands.fetch(server.url, tmp_path / "file")
+        official.download_file(server.url, tmp_path / "file")
     assert not (tmp_path / "file").exists()
 
 
-def test_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
-    copy = commands._copy
+def test_a_full_disk_keeps_the_partial_download(server, tmp_path, monkeypatch):
+    copy = official._copy
 
-    def full(answer: object, partial: Path, have: int, total: int) -> None:
-        partial.write_bytes(answer.read(1000))
+    def full(response: object, partial: Path, have: int, total: int) -> None:
+        partial.write_bytes(response.read(1000))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(commands, "_copy", full)
+    monkeypatch.setattr(official, "_copy", full)
     with pytest.raises(OSError, match="No space left"):
-        commands.fetch(server.url, tmp_path / "file")
-    monkeypatch.setattr(commands, "_copy", copy)
-    commands.fetch(server.url, tmp_path / "file")
+        official.download_file(server.url, tmp_path / "file")
+    monkeypatch.setattr(official, "_copy", copy)
+    official.download_file(server.url, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == server.content and server.asked == [0, 1000]
 
 
 def test_build_downloads_what_is_missing(server, genuine, tmp_path, monkeypatch):
     server.content = (genuine / "instances.json").read_bytes()
     (genuine / "instances.json").unlink()
-    monkeypatch.setattr(commands, "hf_hub_url", lambda *args, **kwargs: server.url)
-    monkeypatch.setitem(commands.OFFICIAL_SHA256, "instances.json", hashlib.sha256(server.content).hexdigest())
+    monkeypatch.setattr(official, "hf_hub_url", lambda *args, **kwargs: server.url)
+    as_release(monkeypatch, {"instances.json": hashlib.sha256(server.content).hexdigest()}, {})
     assert build(genuine, genuine / "train2014", tmp_path / "out", "--download") == 0
     assert (tmp_path / "out" / "README.md").exists()
     assert build(genuine, genuine / "train2014", tmp_path / "out", "--download", "--config", "refcoco_unc") == 2
 
 
 def test_no_server_is_one_line(genuine, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "COCO_IMAGES", "http://127.0.0.1:9/train2014.zip")
+    as_release(monkeypatch, {}, {}, images="http://127.0.0.1:9/train2014.zip")
     assert build(genuine, tmp_path / "train2014.zip", tmp_path / "out", "--download") == 2
     assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dashes", "underscores"])
+def test_flags_of_several_words_have_two_spellings(genuine, tmp_path, form):
+    flags = ["--skip-bad-images", "--num-proc=2"]
+    if form == "underscores":
+        flags = [flag.replace("-b", "_b").replace("-i", "_i").replace("m-p", "m_p") for flag in flags]
+        assert flags == ["--skip_bad_images", "--num_proc=2"]
+    next((genuine / "train2014").iterdir()).unlink()
+    assert build(genuine, genuine / "train2014", tmp_path / "out", *flags) == 0
+    assert "bad image, skipped" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_flags_are_not_abbreviated_and_values_not_changed(capsys):
+    parser = ArgumentParser()
+    parser.add_argument("--out-file")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args(["--out_file=my_file", "--", "--a_b", "c_d"])
+    assert options.out_file == "my_file" and options.names == ["--a_b", "c_d"]
+    assert parser.parse_args(["--out_file", "x_y"]).out_file == "x_y"
+    with pytest.raises(SystemExit) as error:
+        parser.parse_args(["--out", "x"])
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.count("\n") == 1 and "--out" in line
+
+
+def test_download_is_a_command_of_its_own(server, genuine, tmp_path, monkeypatch, capsys):
+    server.content = (genuine / "instances.json").read_bytes()
+    monkeypatch.setattr(official, "hf_hub_url", lambda *args, **kwargs: server.url)
+    digest = hashlib.sha256(server.content).hexdigest()
+    as_release(monkeypatch, {"instances.json": digest}, {}, images=server.url)
+    places = ["--annotations", tmp_path / "new", "--images", tmp_path / "images.zip"]
+    assert run("download", *places) == 0
+    assert (tmp_path / "new" / "instances.json").read_bytes() == server.content
+    assert (tmp_path / "images.zip").exists() and "complete" in capsys.readouterr().out
+    assert run("download", *places, "--config", "refcoco_unc") == 2
+    assert "No download is known for refcoco_unc" in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_are_one_line(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("stats", built, "--out", tmp_path / "stats.png") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "pip install 'grefcoco[plot]'" in line and not (tmp_path / "stats.png").exists()
+
+
+def test_samples_show_every_target_in_its_colour(genuine):
+    row = next(
+        row for row in grefcoco.load(genuine, images=genuine / "train2014", split="train") if len(row["boxes"]) == 2
+    )
+    picture = np.asarray(show.draw_targets(row)).astype(int)
+    assert picture.shape == (row["height"], row["width"], 3)
+    plain = np.asarray(row["image"]).astype(int)
+    inside = [decode_mask(rle).astype(bool) for rle in row["masks"]]
+    assert np.abs(picture - plain * 0.8)[~(inside[0] | inside[1])].mean() < 40
+    left, top = map(int, row["boxes"][-1][:2])
+    assert tuple(picture[top, left]) == show.TARGET_COLOURS[1], "the box of the last target is drawn last"
+    for target, colour in zip(inside, show.TARGET_COLOURS):
+        distances = [np.abs(pixels[target] - np.array(colour)).mean() for pixels in (picture, plain)]
+        assert distances[0] < distances[1]

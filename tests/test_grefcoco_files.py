@@ -1,4 +1,4 @@
-"""The reader against what files can hold: every kind of damage ends in a named problem or one clear error."""
+"""Reading damaged files: every kind of damage gives a named problem or one clear error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_data import files
+from grefcoco_data import annotations, images, masks
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +46,8 @@ def change(path: Path, edit: object) -> None:
 # ---- annotations -------------------------------------------------------------------------------------------------
 
 
-def test_refs_and_objects_meet_by_image(genuine):
-    notes = files.read_annotations(genuine)
+def test_refs_and_objects_are_paired_by_image(genuine):
+    notes = annotations.read_annotations(genuine)
     assert not notes.problems
     assert list(notes.splits) == ["train", "val", "testA", "testB"]
     for groups in notes.splits.values():
@@ -58,13 +58,13 @@ def test_refs_and_objects_meet_by_image(genuine):
 
 
 def test_annotations_are_parsed_once_until_a_file_changes(genuine):
-    notes = files.read_annotations(genuine)
-    assert files.read_annotations(genuine) is notes
+    notes = annotations.read_annotations(genuine)
+    assert annotations.read_annotations(genuine) is notes
     change(genuine / "instances.json", lambda content: content["categories"].append({"id": 9, "name": "kite"}))
-    assert files.read_annotations(genuine).categories[-1]["name"] == "kite"
+    assert annotations.read_annotations(genuine).categories[-1]["name"] == "kite"
 
 
-TROUBLE = {
+PROBLEMS = {
     "duplicate image id": ("instances.json", lambda x: x["images"].append(x["images"][0])),
     "annotation of an unknown image": ("instances.json", lambda x: x["annotations"][0].update(image_id=1)),
     "duplicate annotation id": ("instances.json", lambda x: x["annotations"].append(x["annotations"][0])),
@@ -79,16 +79,16 @@ TROUBLE = {
 }
 
 
-@pytest.mark.parametrize("kind", TROUBLE)
-def test_trouble_is_counted_and_named(genuine, kind):
-    change(genuine / TROUBLE[kind][0], TROUBLE[kind][1])
-    problems = files.read_annotations(genuine).problems
-    assert [len(names) for found, names in problems.items() if found.startswith(kind)] == [1]
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_problems_are_counted_and_named(genuine, kind):
+    change(genuine / PROBLEMS[kind][0], PROBLEMS[kind][1])
+    problems = annotations.read_annotations(genuine).problems
+    assert [len(names) for name, names in problems.items() if name.startswith(kind)] == [1]
 
 
 WRONG = {
     "not valid JSON": ("grefs(unc).json", '[{"ref_id": 1'),
-    "NaN is no JSON number": ("grefs(unc).json", "[NaN]"),
+    "NaN is not a JSON number": ("grefs(unc).json", "[NaN]"),
     "a list of refs": ("grefs(unc).json", "{}"),
     "refs[0] is int": ("grefs(unc).json", "[1]"),
     "no list 'images'": ("instances.json", "[]"),
@@ -97,11 +97,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_is_no_annotation_file_is_one_error(genuine, message):
+def test_a_file_that_is_not_an_annotation_file_is_one_error(genuine, message):
     name, text = WRONG[message]
     (genuine / name).write_text(text)
     with pytest.raises(ValueError, match=r"(?i)" + message.replace("[", r"\[")) as error:
-        files.read_annotations(genuine)
+        annotations.read_annotations(genuine)
     assert name in str(error.value) and str(genuine) in str(error.value)
 
 
@@ -121,13 +121,13 @@ FIELDS = {
 def test_wrong_fields_are_named_by_place(genuine, place):
     change(genuine / FIELDS[place][0], FIELDS[place][1])
     with pytest.raises(ValueError) as error:
-        files.read_annotations(genuine)
+        annotations.read_annotations(genuine)
     assert place in str(error.value)
 
 
 def test_missing_files_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="--download"):
-        files.read_annotations(tmp_path)
+        annotations.read_annotations(tmp_path)
 
 
 # ---- the RefCOCO family and pickles ------------------------------------------------------------------------------
@@ -151,10 +151,13 @@ def as_family(genuine: Path, protocol: int) -> None:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_family_reads_from_pickles(genuine, protocol):
     as_family(genuine, protocol)
-    notes = files.read_annotations(genuine, "refcoco_unc")
+    notes = annotations.read_annotations(genuine, "refcoco_unc")
     assert not notes.problems
     assert all(
-        len(files.targets(ref)) == 1 for groups in notes.splits.values() for refs in groups.values() for ref in refs
+        len(annotations.targets(ref)) == 1
+        for groups in notes.splits.values()
+        for refs in groups.values()
+        for ref in refs
     )
 
 
@@ -165,7 +168,7 @@ def test_pickles_of_python_2_keep_their_text(genuine):
     refs[0]["sentences"][0]["raw"] = "@@@@"
     binary_string = b"U\x05caf\xc3\xa9"  # SHORT_BINSTRING, what Python 2 wrote for str
     path.write_bytes(pickle.dumps(refs, 2).replace(b"X\x04\0\0\0@@@@", binary_string))
-    notes = files.read_annotations(genuine, "refcoco_unc")
+    notes = annotations.read_annotations(genuine, "refcoco_unc")
     texts = {s["raw"] for groups in notes.splits.values() for g in groups.values() for r in g for s in r["sentences"]}
     assert "café" in texts
 
@@ -182,11 +185,11 @@ class Canary:
 def test_crafted_pickles_are_refused(genuine, tmp_path, content):
     as_family(genuine, 2)
     path = genuine / "refcoco" / "refs(unc).p"
-    made = {"canary": pickle.dumps([Canary(tmp_path / "sung")]), "cut": path.read_bytes()[:-40], "text": b"refs"}
+    made = {"canary": pickle.dumps([Canary(tmp_path / "created")]), "cut": path.read_bytes()[:-40], "text": b"refs"}
     path.write_bytes(made[content])
     with pytest.raises(ValueError, match="not a pickle of plain values"):
-        files.read_annotations(genuine, "refcoco_unc")
-    assert not (tmp_path / "sung").exists()
+        annotations.read_annotations(genuine, "refcoco_unc")
+    assert not (tmp_path / "created").exists()
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def record(name: str = "a.jpg", width: int = WIDTH, height: int = HEIGHT) -> dic
 )
 def test_unsafe_file_names_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="unsafe"):
-        files.read_image(files.ImageFolder(tmp_path), record(name))
+        images.read_image(images.ImageFolder(tmp_path), record(name))
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "train2014/../../a.jpg", "..\\a.jpg"])
@@ -209,7 +212,7 @@ def test_zip_entries_that_leave_the_archive_are_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, b"x")
     with pytest.raises(ValueError, match="outside the archive"):
-        files.ImageZip(tmp_path / "a.zip")
+        images.ImageZip(tmp_path / "a.zip")
 
 
 def test_damaged_zips_are_refused(tmp_path, genuine):
@@ -220,49 +223,49 @@ def test_damaged_zips_are_refused(tmp_path, genuine):
     data[200] ^= 1
     (tmp_path / "a.zip").write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
-        files.read_image(files.ImageZip(tmp_path / "a.zip"), record())
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
     (tmp_path / "a.zip").write_bytes(data[:-30])
-    with pytest.raises(ValueError, match="not a whole zip"):
-        files.ImageZip(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match="not a complete zip"):
+        images.ImageZip(tmp_path / "a.zip")
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises pixels it does not have: cheap to write, ruinous to decode."""
+    """The header of a PNG without its pixels: small on disk, expensive to decode."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + head
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (5_000, 5_000)])
-def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
+def test_decompression_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
     (tmp_path / "a.jpg").write_bytes(png_header(width, height))
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(ValueError, match=r"a\.jpg"):
-        files.read_image(files.ImageFolder(tmp_path), record())
+        images.read_image(images.ImageFolder(tmp_path), record())
 
 
 def test_deflate_bomb_in_a_zip_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.jpg", bytes(files.MAX_IMAGE_BYTES + 1))
+        archive.writestr("a.jpg", bytes(images.MAX_IMAGE_BYTES + 1))
     with pytest.raises(ValueError, match="too many"):
-        files.read_image(files.ImageZip(tmp_path / "a.zip"), record())
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
 
 
-def test_truncation_is_seen_at_any_length(genuine, tmp_path):
+def test_truncation_is_detected_at_any_length(genuine, tmp_path):
     whole = next((genuine / "train2014").iterdir()).read_bytes()
     for length in range(0, len(whole) - 2, 97):
         (tmp_path / "a.jpg").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"a\.jpg"):
-            files.read_image(files.ImageFolder(tmp_path), record())
+            images.read_image(images.ImageFolder(tmp_path), record())
 
 
-def test_whole_image_with_junk_behind_it_is_kept(genuine, tmp_path):
+def test_a_complete_image_with_bytes_after_it_is_accepted(genuine, tmp_path):
     data = next((genuine / "train2014").iterdir()).read_bytes() + b"\0\0"
     (tmp_path / "a.jpg").write_bytes(data)
-    assert files.read_image(files.ImageFolder(tmp_path), record()) == data
+    assert images.read_image(images.ImageFolder(tmp_path), record()) == data
 
 
-def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
+def test_images_of_the_hub_are_downloaded_by_folder(tmp_path, monkeypatch):
     asked = []
 
     def fetch(name: str, repo_type: str, allow_patterns: list[str]) -> str:
@@ -270,17 +273,17 @@ def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
         return str(tmp_path)
 
     (tmp_path / "train2014").mkdir()
-    monkeypatch.setattr(files, "snapshot_download", fetch)
-    assert files.local_images("hf://datasets/me/coco/train2014") == str(tmp_path / "train2014")
-    assert asked == [("me/coco", "dataset", ["train2014", "train2014/*"])] and files.local_images("a.zip") == "a.zip"
+    monkeypatch.setattr(images, "snapshot_download", fetch)
+    assert images.local_images("hf://datasets/me/coco/train2014") == str(tmp_path / "train2014")
+    assert asked == [("me/coco", "dataset", ["train2014", "train2014/*"])] and images.local_images("a.zip") == "a.zip"
 
 
-def test_paths_of_the_hub_that_name_nothing_are_one_error(tmp_path, monkeypatch):
+def test_wrong_hub_paths_are_one_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="hf://datasets/OWNER/NAME/PATH"):
-        files.local_images("hf://datasets/me")
-    monkeypatch.setattr(files, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+        images.local_images("hf://datasets/me")
+    monkeypatch.setattr(images, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="me/coco has no folder or zip 'nowhere'"):
-        files.local_images("hf://datasets/me/coco/nowhere")
+        images.local_images("hf://datasets/me/coco/nowhere")
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -292,9 +295,9 @@ def test_paths_of_the_hub_that_name_nothing_are_one_error(tmp_path, monkeypatch)
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_valid_polygons_are_pycocotools_own(rings):
+def test_valid_polygons_give_the_masks_of_pycocotools(rings):
     polygons = [[float(x) for point in ring for x in point] for ring in rings]
-    rle, fault = files.to_rle(polygons, HEIGHT, WIDTH)
+    rle, fault = masks.to_rle(polygons, HEIGHT, WIDTH)
     assert fault is None
     assert rle["counts"].encode() == coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH))["counts"]
 
@@ -302,7 +305,7 @@ def test_valid_polygons_are_pycocotools_own(rings):
 @given(st.lists(st.one_of(VALUES, st.lists(NUMBERS, max_size=12)), max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_any_polygons_give_a_mask_of_the_image(segmentation):
-    rle, fault = files.to_rle(segmentation, HEIGHT, WIDTH)
+    rle, fault = masks.to_rle(segmentation, HEIGHT, WIDTH)
     mask = coco_mask.decode(rle)
     assert mask.shape == (HEIGHT, WIDTH)
     assert fault or len(segmentation) > 0
@@ -311,25 +314,25 @@ def test_any_polygons_give_a_mask_of_the_image(segmentation):
 @given(st.dictionaries(st.sampled_from(["size", "counts"]), VALUES))
 @settings(max_examples=200, deadline=None)
 def test_any_rle_gives_a_mask_of_the_image(segmentation):
-    rle, fault = files.to_rle(segmentation, HEIGHT, WIDTH)
+    rle, fault = masks.to_rle(segmentation, HEIGHT, WIDTH)
     assert coco_mask.decode(rle).shape == (HEIGHT, WIDTH)
     assert fault
 
 
 @given(st.binary(min_size=HEIGHT * WIDTH // 8, max_size=HEIGHT * WIDTH // 8))
 @settings(max_examples=50, deadline=None)
-def test_rle_comes_back_as_it_went(packed):
+def test_rle_round_trip(packed):
     mask = np.unpackbits(np.frombuffer(packed, np.uint8)).reshape(HEIGHT, WIDTH)
     rle = coco_mask.encode(np.asfortranarray(mask))
-    for counts in (rle["counts"].decode(), files._decoded_counts(rle["counts"].decode())):
-        found, fault = files.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
-        assert fault is None and found["counts"].encode() == rle["counts"]
+    for counts in (rle["counts"].decode(), masks._decoded_counts(rle["counts"].decode())):
+        copy, fault = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
+        assert fault is None and copy["counts"].encode() == rle["counts"]
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=30, max_codepoint=130), max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_any_compressed_counts_are_checked(counts):
-    rle, _ = files.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
+    rle, _ = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
     assert coco_mask.decode(rle).shape == (HEIGHT, WIDTH)
 
 
@@ -349,17 +352,35 @@ def test_any_compressed_counts_are_checked(counts):
     ],
 )
 def test_bad_segmentations_are_named(segmentation, reason):
-    assert reason in files.to_rle(segmentation, HEIGHT, WIDTH)[1]
+    assert reason in masks.to_rle(segmentation, HEIGHT, WIDTH)[1]
 
 
-def test_crowds_count_only_alone():
+def test_crowds_count_only_without_other_targets():
     def rle(*counts: int) -> dict:
-        return files.to_rle({"size": [4, 1], "counts": list(counts)}, 4, 1)[0]
+        return masks.to_rle({"size": [4, 1], "counts": list(counts)}, 4, 1)[0]
 
     one, other, crowd = rle(0, 1, 3), rle(1, 1, 2), rle(2, 2)
-    assert files.merge_rles([one, other, crowd], [False, False, True], 4, 1) == rle(0, 2, 2)
-    assert files.merge_rles([crowd], [True], 4, 1) == crowd
-    assert files.merge_rles([], [], 4, 1) == rle(4)
+    assert masks.merge_rles([one, other, crowd], [False, False, True], 4, 1) == rle(0, 2, 2)
+    assert masks.merge_rles([crowd], [True], 4, 1) == crowd
+    assert masks.merge_rles([], [], 4, 1) == rle(4)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_mask_round_trip(height, width, data):
+    bits = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    mask = np.array(bits).reshape(height, width)
+    rle = masks.encode_mask(mask)
+    assert rle["size"] == [height, width] and type(rle["counts"]) is str
+    assert masks.decode_mask(rle).dtype == np.uint8 and np.array_equal(masks.decode_mask(rle), mask)
+    assert masks.encode_mask(mask * 7) == masks.encode_mask(mask.astype(np.float32)) == rle
+    assert not masks.decode_mask(masks.empty_rle(height, width)).any()
+
+
+def test_boxes_from_xywh_to_xyxy():
+    boxes = masks.xywh_to_xyxy([[1, 2, 3, 4], [0.5, 0, 1, 0]])
+    assert boxes.dtype == np.float32 and boxes.tolist() == [[1, 2, 4, 6], [0.5, 0, 1.5, 0]]
+    assert masks.xywh_to_xyxy([]).shape == (0, 4)
 
 
 # ---- fuzz --------------------------------------------------------------------------------------------------------
@@ -367,7 +388,7 @@ def test_crowds_count_only_alone():
 FUZZ = """
 import copy, json, random, sys
 from pathlib import Path
-from grefcoco_data import files, image_rows
+from grefcoco_data import annotations, images, rows
 
 folder, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 originals = {name: (folder / name).read_bytes() for name in ("grefs(unc).json", "instances.json")}
@@ -407,16 +428,16 @@ for number in range(count):
     for name, text in originals.items():
         (folder / name).write_bytes(mutate(text) if made.random() < 0.6 else text)
     try:
-        notes = files._read_annotations.__wrapped__(str(folder), "grefcoco", ())
+        notes = annotations._read_annotations.__wrapped__(str(folder), "grefcoco", ())
     except ValueError as error:
         assert "json" in str(error), error
         refused += 1
         continue
-    source = files.ImageFolder(folder / "train2014")
+    source = images.ImageFolder(folder / "train2014")
     for split, groups in notes.splits.items():
-        problems = files.Problems()
-        tables = list(image_rows.image_tables(notes, split, list(groups), source, problems, skip_bad_images=True))
-        bad = len(problems.get("bad image, left out with its sentences", []))
+        problems = annotations.Problems()
+        tables = list(rows.image_tables(notes, split, list(groups), source, problems, skip_bad_images=True))
+        bad = len(problems.get("bad image, skipped with its sentences", []))
         assert sum(table.num_rows for table in tables) + bad == len(groups)
     loaded += 1
 print(loaded, refused)
@@ -424,7 +445,7 @@ print(loaded, refused)
 
 
 def fuzz(genuine: Path, seed: int, count: int) -> tuple[int, int]:
-    """Run in a process of its own, for a crash in C code to be seen as one."""
+    """Run in another process, so that a crash in C code is a failure of the test."""
     small = json.loads((genuine / "grefs(unc).json").read_text())[:6]
     write_json(genuine / "grefs(unc).json", small)
     change(genuine / "instances.json", lambda x: x.update(images=x["images"][:2], annotations=x["annotations"][:8]))
@@ -463,9 +484,9 @@ def test_any_list_of_refs_loads_whole_or_fails_once(tmp_path_factory, refs):
     write_json(folder / "instances.json", {"images": [], "annotations": [], "categories": []})
     write_json(folder / "grefs(unc).json", refs)
     try:
-        notes = files.read_annotations(folder)
+        notes = annotations.read_annotations(folder)
     except ValueError as error:
         assert "grefs(unc).json" in str(error)
     else:
-        named = sum(len(names) for kind, names in notes.problems.items() if "left out" in kind or "without" in kind)
+        named = sum(len(names) for kind, names in notes.problems.items() if "skipped" in kind or "without" in kind)
         assert named == len(refs)

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from grefcoco_data import image_rows
+from grefcoco_data import building, rows
+from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder
 from modeling import processing_rela
-from modeling.training_state import aside, broken_seal, put, seal
 from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # several files of several groups, as real data has
-        for module in (train.grefcoco, image_rows):
+        for module in (building, rows):
             patch.setattr(module, "ROWS_PER_GROUP", 4)
         folder = make_dataset(tmp_path_factory.mktemp("data"))
     files = sorted((folder / "data").glob("train-*.parquet"))
@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(dataset, tmp_path, flags, num
     killed = start_and(number, ["train.py", *tiny(dataset, part, **flags)], part, after="step-00000007")
     assert killed.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], killed.stderr
     if number == signal.SIGTERM:
-        assert "--resume_from_checkpoint latest goes on from there" in killed.stdout
+        assert "--resume_from_checkpoint latest continues from there" in killed.stdout
     assert not (part / "checkpoint").exists(), "the run ended before it was killed"
     done = run("train.py", *tiny(dataset, part, **flags), "--resume_from_checkpoint", "latest", **alike)
     assert done.returncode == 0, done.stderr
@@ -129,10 +129,10 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(dataset, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert "cannot write" in line and "step-00000006" in line and "make room" in line
+    assert "cannot write" in line and "step-00000006" in line and "free some disk space" in line
     assert "Traceback" not in done.stderr
-    assert broken_seal(older) is None
-    assert not (older.parent / ".writing").exists()
+    assert seal_fault(older) is None
+    assert [path.name for path in older.parent.iterdir()] == [older.name]
 
 
 class Poisoned(processing_rela.RelaCollator):
@@ -154,11 +154,11 @@ def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(dataset, tmp_p
     flags = tiny(dataset, tmp_path / "out", max_train_steps=30, category_warmup_steps=0, eval_steps=100)
     assert train_here(*flags) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    named = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    named = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert metrics["train"]["skipped"] == len(named) >= 1
     assert all(str(rows[5]["sent_id"]) in line for line in named)
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
-    assert f"{len(named)} steps were left out" in (tmp_path / "out" / "report.md").read_text()
+    assert f"{len(named)} steps were skipped" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_diverged_run_stops_with_one_line(dataset, tmp_path, capsys):
@@ -178,13 +178,13 @@ def test_a_metric_that_is_not_measured_is_one_line(dataset, tmp_path, capsys):
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     final = tmp_path / "model"
     for text in ("first", "second"):
-        temporary = aside(final)
+        temporary = staging_folder(final)
         (temporary / "sub").mkdir()
         (temporary / "sub" / "file").write_text(text)
-        assert broken_seal(temporary).startswith("it is incomplete")
+        assert seal_fault(temporary).startswith("it is incomplete")
         seal(temporary)
-        put(temporary, final)
-        assert (final / "sub" / "file").read_text() == text and broken_seal(final) is None
+        publish(temporary, final)
+        assert (final / "sub" / "file").read_text() == text and seal_fault(final) is None
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     (final / "sub" / "file").write_text("Second")
-    assert broken_seal(final) == "sub/file is damaged"
+    assert seal_fault(final) == "sub/file is damaged"

@@ -1,10 +1,11 @@
-"""Image rows: their schema, and Arrow tables of them made from the annotations.
+"""Rows: the two schemas, Arrow tables of image rows made from the annotations, and image rows as expression rows.
 
-A row holds an image once, with all its objects and all its sentences.
+An image row holds an image once, with all its objects and all its sentences. An expression row holds one sentence.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -13,15 +14,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Features, Value
+from PIL import Image
 
-from grefcoco_data.annotation_json import no_collector
-from grefcoco_data.files import Annotations, ImageFolder, ImageZip, Problems, read_image, targets, to_rle
+from grefcoco_data.annotation_json import without_garbage_collection
+from grefcoco_data.annotations import Annotations, Problems, targets
+from grefcoco_data.images import ImageFolder, ImageZip, read_image
+from grefcoco_data.masks import merge_rles, to_rle
 
-ROWS_PER_GROUP = 100
+ROWS_PER_GROUP = 100  # image rows of a row group
 
 RLE = {"size": [Value("int32")], "counts": Value("string")}
 BOX = datasets.Sequence(Value("float32"), length=4)
-# `[...]` and not `List(...)`: it says the same and older releases of `datasets` know it too.
+# `[...]` means `List(...)`; `datasets` before 4 does not have `List`.
 OBJECT = {
     "ann_id": Value("int64"),
     "category_id": Value("int32"),
@@ -46,7 +50,7 @@ IMAGE = {
     "height": Value("int32"),
 }
 TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "mask": RLE}
-# Column of an expression row -> field of the objects it lists.
+# Column of an expression row -> field of its target objects.
 TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
 IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
 EXPRESSION_FEATURES = Features({**IMAGE, **EXPRESSION, **TARGETS})
@@ -62,19 +66,55 @@ def image_tables(
 ) -> Iterator[pa.Table]:
     """Image rows of `image_ids` as tables of up to `ROWS_PER_GROUP` rows with the schema of `IMAGE_FEATURES`.
 
-    Image bytes are passed on as they are. What is wrong with polygons and images goes to `problems`.
+    Image bytes are not changed. What is wrong with polygons and images is added to `problems`.
 
     Raises:
         ValueError: an image is missing or bad and `skip_bad_images` is off.
     """
     for start in range(0, len(image_ids), ROWS_PER_GROUP):
-        pictures = {}
+        files = {}
         for image_id in image_ids[start : start + ROWS_PER_GROUP]:
-            picture = _read_or_note(source, annotations.images[image_id], problems, skip_bad_images)
-            if picture is not None:
-                pictures[image_id] = picture
-        if pictures:
-            yield _image_table(annotations, split, list(pictures), list(pictures.values()), problems)
+            data = _read_or_note(source, annotations.images[image_id], problems, skip_bad_images)
+            if data is not None:
+                files[image_id] = data
+        if files:
+            yield _image_table(annotations, split, list(files), list(files.values()), problems)
+
+
+def explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
+    """Turn one image row, given as a batch of one, into one row per sentence; all share the decoded image.
+
+    Args:
+        batch: `objects`, `expressions`, `height` and `width` of the image row, and the columns that are asked for.
+        columns: of `EXPRESSION_FEATURES`, or `objects`.
+    """
+    objects, expressions = batch["objects"][0], batch["expressions"][0]
+    by_id = {item["ann_id"]: item for item in objects}
+    targets_each = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
+    height, width = batch["height"][0], batch["width"][0]
+    rows: dict[str, list] = {}
+    for name in columns:
+        if name == "image":
+            rows[name] = [decode_image(batch["image"][0])] * len(expressions)
+        elif name in batch:
+            rows[name] = batch[name] * len(expressions)
+        elif name == "mask":
+            rows[name] = [
+                merge_rles([o["segmentation"] for o in group], [o["iscrowd"] for o in group], height, width)
+                for group in targets_each
+            ]
+        elif name in TARGET_COLUMNS:
+            rows[name] = [[item[TARGET_COLUMNS[name]] for item in group] for group in targets_each]
+        else:
+            rows[name] = [expression[name] for expression in expressions]
+    return rows
+
+
+def decode_image(stored: dict) -> Image.Image:
+    """Decode a stored `{"bytes", "path"}` to RGB. EXIF rotation is ignored, because the masks ignore it."""
+    image = Image.open(io.BytesIO(stored["bytes"]))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
 
 
 def _read_or_note(
@@ -85,21 +125,21 @@ def _read_or_note(
     except ValueError as error:
         if not skip_bad_images:
             raise ValueError(
-                f"{source.path}: {error}. Fetch it again, or build with --skip-bad-images to leave such images out."
+                f"{source.path}: {error}. Download it again, or build with --skip-bad-images to skip such images."
             ) from error
-        problems.add("bad image, left out with its sentences", error)
+        problems.add("bad image, skipped with its sentences", error)
         return None
 
 
-@no_collector()
+@without_garbage_collection()
 def _image_table(
-    annotations: Annotations, split: str, image_ids: list[int], pictures: list[bytes], problems: Problems
+    annotations: Annotations, split: str, image_ids: list[int], files: list[bytes], problems: Problems
 ) -> pa.Table:
-    """Columns are made whole, for all rows at once: several times faster than row by row."""
+    """Make each column for all rows at once, which is several times faster than row by row."""
     images = [annotations.images[image_id] for image_id in image_ids]
     names = [image["file_name"] for image in images]
     columns = [
-        pa.StructArray.from_arrays([pa.array(pictures, pa.binary()), pa.array(names)], names=["bytes", "path"]),
+        pa.StructArray.from_arrays([pa.array(files, pa.binary()), pa.array(names)], names=["bytes", "path"]),
         pa.array(image_ids, pa.int64()),
         pa.array(names),
         pa.array([image["width"] for image in images], pa.int32()),
@@ -141,19 +181,19 @@ def _rle_column(rles: list[dict], sizes: list[tuple[int, int]]) -> pa.StructArra
 def _expression_column(groups: list[list[dict]]) -> pa.ListArray:
     refs = list(chain.from_iterable(groups))
     sentences = list(chain.from_iterable(map(itemgetter("sentences"), refs)))
-    numbers = [len(ref["sentences"]) for ref in refs]
-    rows = pa.array(np.repeat(np.arange(len(refs)), numbers))  # each sentence's place among the refs
-    found = list(map(targets, refs))
-    ann_ids = list_column(pa.array(list(chain.from_iterable(found)), pa.int64()), list(map(len, found)))
+    sentences_each = [len(ref["sentences"]) for ref in refs]
+    ref_of_sentence = pa.array(np.repeat(np.arange(len(refs)), sentences_each))
+    ids = list(map(targets, refs))  # of each ref
+    ann_ids = list_column(pa.array(list(chain.from_iterable(ids)), pa.int64()), list(map(len, ids)))
     columns = {
-        "ref_id": _column(refs, "ref_id", pa.int64()).take(rows),
+        "ref_id": _column(refs, "ref_id", pa.int64()).take(ref_of_sentence),
         "sent_id": _column(sentences, "sent_id", pa.int64()),
         "sentence": _column(sentences, "sent", pa.string()),
         "raw": _column(sentences, "raw", pa.string()),
-        "no_target": pa.array([not ids for ids in found], pa.bool_()).take(rows),
-        "ann_ids": ann_ids.take(rows),
+        "no_target": pa.array([not ref_ids for ref_ids in ids], pa.bool_()).take(ref_of_sentence),
+        "ann_ids": ann_ids.take(ref_of_sentence),
     }
-    ends = np.cumsum([0, *numbers])[np.cumsum([0, *map(len, groups)])]
+    ends = np.cumsum([0, *sentences_each])[np.cumsum([0, *map(len, groups)])]
     return list_column(_struct_column(columns), np.diff(ends))
 
 
@@ -166,4 +206,5 @@ def _struct_column(columns: dict[str, pa.Array]) -> pa.StructArray:
 
 
 def list_column(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
+    """Arrow lists of these lengths, cut from `values` one after the other."""
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)

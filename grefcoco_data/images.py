@@ -1,0 +1,157 @@
+"""Image files in a folder, a zip or a repository of the Hub: checked and read.
+
+No file is trusted: names, sizes and checksums are checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from PIL import Image, UnidentifiedImageError
+
+MAX_IMAGE_BYTES = 64 << 20
+
+
+class ImageFolder:
+    """Image files in one folder. `read` returns their bytes unchanged."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def read(self, file_name: str) -> bytes:
+        """Raises FileNotFoundError when there is no such file, ValueError when it is too large for an image."""
+        path = self.path / file_name
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+            raise ValueError(f"{size} bytes are too many for an image")
+        return path.read_bytes()
+
+
+class ImageZip:
+    """Images in a zip, found by base name and read in place, without extraction.
+
+    Entries are read with `pread` at their offsets. It does not move the file position, so that one handle serves a
+    process and its forks. A pickled copy opens its own handle.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.handle = os.open(self.path, os.O_RDONLY)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is not a complete zip file ({error}); download it again.") from error
+        for entry in entries:
+            if entry.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", entry.filename):
+                raise ValueError(f"{self.path}: entry {entry.filename!r} points outside the archive; refused.")
+        self.entries = {entry.filename.rsplit("/", 1)[-1]: entry for entry in entries}
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path,)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+    def read(self, file_name: str) -> bytes:
+        """Raises FileNotFoundError when there is no such entry, ValueError when it is damaged or too large."""
+        entry = self.entries.get(file_name)
+        if entry is None:
+            raise FileNotFoundError(f"no entry {file_name}")
+        if max(entry.file_size, entry.compress_size) > MAX_IMAGE_BYTES:
+            raise ValueError(f"{entry.file_size} bytes are too many for an image")
+        # A local header has 30 bytes, then the name and the extra field, whose lengths are its last two numbers.
+        header = os.pread(self.handle, 30, entry.header_offset)
+        skip = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = os.pread(self.handle, entry.compress_size, entry.header_offset + skip)
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.file_size)
+        if zlib.crc32(data) != entry.CRC:
+            raise ValueError("its checksum in the zip does not match")
+        return data
+
+
+def local_images(path: str) -> str:
+    """Local path of the images: `path` itself, or the downloaded copy of `hf://datasets/OWNER/NAME/PATH`.
+
+    Raises:
+        ValueError: an `hf://` path that names no data set.
+        FileNotFoundError: the data set has no such folder or zip.
+    """
+    if not path.startswith("hf://datasets/"):
+        return path
+    owner, _, rest = path.removeprefix("hf://datasets/").partition("/")
+    name, _, inner = rest.strip("/").partition("/")
+    if not owner or not name:
+        raise ValueError(f"{path} names no data set; write hf://datasets/OWNER/NAME/PATH.")
+    patterns = [inner, f"{inner}/*"] if inner else None
+    folder = os.path.join(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns), inner)
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{path}: {owner}/{name} has no folder or zip {inner!r}.")
+    return folder
+
+
+def open_images(path: str) -> ImageFolder | ImageZip:
+    """Open the folder or zip at `path`; the table of contents of a zip is read once until the file changes.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: neither a folder nor a zip.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path}: no such images folder or zip. gRefCOCO needs COCO train2014, "
+            "http://images.cocodataset.org/zips/train2014.zip, extracted or not."
+        )
+    return ImageFolder(path) if os.path.isdir(path) else _open_zip(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_zip(path: str, mtime_ns: int) -> ImageZip:
+    return ImageZip(path)
+
+
+def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
+    """Bytes of the image that a record of instances.json names, after a check that they are this image.
+
+    The size in the file's header is compared with the record before anything is decoded, so that a decompression
+    bomb costs nothing.
+
+    Raises:
+        ValueError: the file is missing, has an unsafe name, is not an image, is truncated or has another size.
+    """
+    name = image["file_name"]
+    if not re.fullmatch(r"\w[\w.\-]*", name):
+        raise ValueError(f"unsafe file name {name!r} of image {image['id']}, refused")
+    try:
+        data = source.read(name)
+        fault = _image_fault(data, image["width"], image["height"])
+    except FileNotFoundError:
+        fault = "is missing"
+    except (OSError, ValueError) as error:
+        fault = f"cannot be read ({error})"
+    if fault:
+        raise ValueError(f"image {name} {fault}")
+    return data
+
+
+def _image_fault(data: bytes, width: int, height: int) -> str | None:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if image.size != (width, height):
+                return f"is {image.size[0]} x {image.size[1]} but instances.json says {width} x {height}"
+            # A complete JPEG ends with its end marker. Only other files have to be decoded to know.
+            if image.format != "JPEG" or not data.endswith(b"\xff\xd9"):
+                image.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        return "is not a JPEG or PNG that can be read"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"is truncated or damaged ({error})"
+    return None

@@ -1,0 +1,270 @@
+"""Loading: rows of a built data set, of a data set on the Hub, or straight from the genuine files.
+
+rows = load("data/grefcoco", split="val")                           # map-style, one row per sentence
+stream = shuffle_shards(load(..., split="train", streaming=True), seed=0)
+category_ids("data/grefcoco", ["train", "val"])                     # [1, 2, 3, ...]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Features
+
+from grefcoco_data.annotations import Problems, find_files, read_annotations
+from grefcoco_data.building import REPORT, VERSION
+from grefcoco_data.collections import CONFIGS, collection_of
+from grefcoco_data.images import local_images, open_images
+from grefcoco_data.masks import merge_rles
+from grefcoco_data.rows import (
+    EXPRESSION_FEATURES,
+    IMAGE_FEATURES,
+    decode_image,
+    explode,
+    image_tables,
+    list_column,
+)
+
+
+@dataclass
+class GrefcocoConfig(datasets.BuilderConfig):
+    """Where the genuine files are: a folder of annotations, a folder or zip of images."""
+
+    annotations: str = ""
+    images: str = ""
+    skip_bad_images: bool = False
+
+    def create_config_id(self, config_kwargs: dict, custom_features: Features | None = None) -> str:
+        """Name of the cache folder. It changes with the files; otherwise `datasets` would return old rows."""
+        if not self.annotations or not self.images:
+            raise ValueError("The paths of the files are missing: pass annotations=FOLDER and images=FOLDER_OR_ZIP.")
+        stamp = _fingerprint(find_files(self.annotations, self.name), self.images)
+        return super().create_config_id({**config_kwargs, "files": stamp}, custom_features)
+
+
+class Grefcoco(datasets.ArrowBasedBuilder):
+    """Image rows from the genuine files in the cache of `datasets`, for use without building Parquet first."""
+
+    VERSION = datasets.Version(VERSION)
+    BUILDER_CONFIG_CLASS = GrefcocoConfig
+    BUILDER_CONFIGS = [GrefcocoConfig(name=name, version=VERSION) for name in CONFIGS]
+    DEFAULT_CONFIG_NAME = "grefcoco"
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=IMAGE_FEATURES)
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        annotations = read_annotations(self.config.annotations, self.config.name)
+        for line in annotations.problems.lines():
+            datasets.logging.get_logger(__name__).warning(line)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "image_ids": list(groups)})
+            for split, groups in annotations.splits.items()
+        ]
+
+    def _generate_tables(self, split: str, image_ids: list[int]) -> Iterator[tuple[int, pa.Table]]:
+        annotations = read_annotations(self.config.annotations, self.config.name)
+        source = open_images(self.config.images)
+        yield from enumerate(
+            image_tables(annotations, split, image_ids, source, Problems(), self.config.skip_bad_images)
+        )
+
+
+def load(
+    source: str | Path,
+    images: str | Path | None = None,
+    config: str = "grefcoco",
+    split: str | None = None,
+    streaming: bool = False,
+    layout: Literal["expression", "image"] = "expression",
+    columns: Sequence[str] | None = None,
+) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load gRefCOCO, or another configuration, with one row per sentence or per image.
+
+    Map-style expression rows are an index in memory. An image is decoded when its row is read, once for all rows of a
+    batch (`dataset[indices]`, `dataset.__getitems__(indices)`); these rows hold the same PIL object, so copy it
+    before you draw. To group sentences by image without decoding, read `dataset.with_format(None)["image_id"]`.
+    Functions of `map` and `filter` get decoded rows; name `input_columns` to avoid decoding what they do not use.
+
+    Streams decode an image once and then yield all its sentences. They split over nodes and workers by shard and
+    resume exactly through `state_dict`/`load_state_dict`, also with `shuffle_shards` (with workers: torchdata's
+    `StatefulDataLoader`). The buffer of `.shuffle(...)` is not saved: after a resume rows are lost and repeated.
+
+    Args:
+        source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
+        images: Folder or zip of the images; with the genuine files only.
+        config: One of `CONFIGS`.
+        split: Split to load; None loads all into a dictionary.
+        streaming: Yield rows without preparing anything on disk.
+        layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
+            size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored.
+        columns: Columns to keep; without `image`, no image is read. The expression layout also has `objects`, the
+            list of all objects of the image.
+
+    Raises:
+        ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
+        FileNotFoundError: nothing usable at `source` or `images`.
+    """
+    collection_of(config)
+    available = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
+    if available is None:
+        raise ValueError(f"Unknown layout {layout!r}; choose 'expression' or 'image'.")
+    default = list(EXPRESSION_FEATURES if layout == "expression" else IMAGE_FEATURES)
+    columns = default if columns is None else list(columns)
+    if unknown := set(columns) - set(available):
+        raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(available)}.")
+    rows = _load_image_rows(str(source), images, config, split, streaming, with_images="image" in columns)
+    if isinstance(rows, dict):
+        return type(rows)({name: _arrange(part, layout, columns) for name, part in rows.items()})
+    return _arrange(rows, layout, columns)
+
+
+def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefcoco") -> list[int]:
+    """Category ids of all objects in these splits, ascending, in one pass over their column.
+
+    Args:
+        source: A built folder or a Hub data set id, as for `load`.
+        splits: Names of splits.
+        config: One of `CONFIGS`.
+    """
+    ids: set[int] = set()
+    for split in dict.fromkeys(splits):
+        rows = load(source, config=config, split=split, layout="image", columns=["objects"], streaming=True)
+        for table in rows.with_format("arrow").iter(batch_size=1000):
+            objects = pc.list_flatten(table["objects"])
+            ids.update(pc.unique(pc.struct_field(objects, "category_id")).to_pylist())
+    return sorted(ids)
+
+
+def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
+    """Put the row groups of a stream (up to 100 images each) into a random order, a new one after each `set_epoch`.
+
+    Rows keep their order within a group. Other than with a shuffle buffer, a state saved anywhere resumes exactly;
+    call `set_epoch` before `load_state_dict`. (`datasets` warns of a buffer that is refilled; it holds one row here.)
+    """
+    return stream.reshard().shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+
+
+def _load_image_rows(
+    source: str, images: str | Path | None, config: str, split: str | None, streaming: bool, with_images: bool
+) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
+    if images is None and os.path.isdir(source) and not os.path.isfile(os.path.join(source, REPORT)):
+        find_files(source, config)
+        raise ValueError(f"{source} holds genuine annotation files: name the images too (images=FOLDER_OR_ZIP).")
+    if images is None:
+        columns = {} if with_images else {"columns": [name for name in IMAGE_FEATURES if name != "image"]}
+        return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+    paths = {"annotations": os.path.abspath(source), "images": os.path.abspath(local_images(str(images)))}
+    builder = Grefcoco(dataset_name="grefcoco", config_name=config, **paths)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
+    return builder.as_dataset(split=split)
+
+
+def _fingerprint(files: Iterable[Path], images: str) -> str:
+    """Hash that changes with any input: the annotation files, and the list, sizes or times of the images."""
+    open_images(images)
+    paths = [*files, Path(images)]
+    if os.path.isdir(images):
+        paths += sorted(Path(images).iterdir())
+    stamps = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr((VERSION, stamps)).encode()).hexdigest()[:16]
+
+
+def _arrange(
+    rows: datasets.Dataset | datasets.IterableDataset, layout: str, columns: list[str]
+) -> datasets.Dataset | datasets.IterableDataset:
+    if layout == "image":
+        return rows.select_columns(columns)
+    if isinstance(rows, datasets.Dataset):
+        return _expression_index(rows).select_columns(columns)
+    needed = [name for name in IMAGE_FEATURES if name in ("objects", "expressions", "height", "width", *columns)]
+    stream = rows.select_columns(needed)
+    if "image" in needed:
+        stream = stream.cast_column("image", datasets.Image(decode=False))
+    return stream.map(explode, batched=True, batch_size=1, remove_columns=needed, fn_kwargs={"columns": columns})
+
+
+def _expression_index(images: datasets.Dataset) -> datasets.Dataset:
+    """Index of expression rows over image rows, made of whole Arrow columns; nothing is decoded.
+
+    Large columns hold positions, which `_Lookup` replaces by their values on access: `image` and `objects` the row of
+    the image; `masks` and `mask` the positions of the targets among all objects.
+    """
+    small = [name for name in IMAGE_FEATURES if name != "image"]
+    table = images.with_format(None).select_columns(small).data.table.combine_chunks()
+    objects, expressions = (pc.list_flatten(table[name]).combine_chunks() for name in ("objects", "expressions"))
+    rows = pc.list_parent_indices(table["expressions"]).combine_chunks()  # row of the image, per sentence
+    ann_ids = expressions.field("ann_ids")
+    lengths = pc.list_value_length(ann_ids).to_numpy()
+    # Position of each target among all objects, by binary search in the sorted ids.
+    object_ids = objects.field("ann_id").to_numpy()
+    order = np.argsort(object_ids)
+    positions = order[np.searchsorted(object_ids, ann_ids.flatten().to_numpy(), sorter=order)]
+    per_image = {name: table[name].take(rows) for name in ("image_id", "file_name", "width", "height")}
+    # `mask` holds height, width and the positions: two numbers are inserted before the targets of each sentence.
+    sizes = np.stack([per_image["height"].to_numpy(), per_image["width"].to_numpy()], axis=1)
+    starts = np.cumsum([0, *lengths])[:-1]
+    columns = {
+        "image": rows,
+        **per_image,
+        **{name: expressions.field(name) for name in ("ref_id", "sent_id", "sentence", "raw", "no_target")},
+        "ann_ids": ann_ids,
+        "category_ids": list_column(objects.field("category_id").take(positions), lengths),
+        "boxes": list_column(objects.field("bbox").take(positions), lengths),
+        "masks": list_column(pa.array(positions), lengths),
+        "mask": list_column(pa.array(np.insert(positions, np.repeat(starts, 2), sizes.ravel())), lengths + 2),
+        "objects": rows,
+    }
+    index = datasets.Dataset(pa.table(columns), split=images.split, fingerprint=f"{images._fingerprint}-expressions")
+    return index.with_transform(_Lookup(images, objects))
+
+
+class _Lookup:
+    """Replaces the positions in `_expression_index` by their values, column by column."""
+
+    def __init__(self, images: datasets.Dataset, objects: pa.StructArray):
+        if "image" in images.column_names:
+            self.images = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        self.objects = images.select_columns(["objects"])
+        self.sizes = np.array(objects.field("segmentation").field("size").flatten()).reshape(-1, 2)
+        self.counts = objects.field("segmentation").field("counts")
+        self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        values = dict(batch)
+        if "image" in batch:
+            stored = self._values(self.images, "image", batch["image"])
+            decoded = {row: decode_image(image) for row, image in stored.items()}
+            values["image"] = [decoded[row] for row in batch["image"]]
+        if "objects" in batch:
+            objects = self._values(self.objects, "objects", batch["objects"])
+            values["objects"] = [objects[row] for row in batch["objects"]]
+        if "masks" in batch:
+            values["masks"] = [self._segmentations(positions) for positions in batch["masks"]]
+        if "mask" in batch:
+            values["mask"] = [self._merged(*size_and_positions) for size_and_positions in batch["mask"]]
+        return values
+
+    def _values(self, source: datasets.Dataset, column: str, rows: list[int]) -> dict[int, dict | list]:
+        unique = sorted(set(rows))
+        return dict(zip(unique, source[unique][column]))
+
+    def _segmentations(self, positions: Sequence[int]) -> list[dict]:
+        return [{"size": self.sizes[n].tolist(), "counts": self.counts[n].as_py()} for n in positions]
+
+    def _merged(self, height: int, width: int, *positions: int) -> dict:
+        return merge_rles(self._segmentations(positions), self.crowd[list(positions)], height, width)

@@ -1,0 +1,119 @@
+"""Masks as COCO run lengths (RLE): checked, encoded, decoded, merged; and boxes from xywh to xyxy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+
+def decode_mask(rle: dict) -> np.ndarray:
+    """(height, width) uint8 of 0 and 1."""
+    return coco_mask.decode(rle)
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """RLE `{"size": [height, width], "counts": str}` of a (height, width) mask; whatever is not zero is inside."""
+    rle = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
+def empty_rle(height: int, width: int) -> dict:
+    """RLE of a mask without any pixel."""
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode()}
+
+
+def merge_rles(rles: Sequence[dict], crowd: Sequence[bool], height: int, width: int) -> dict:
+    """Union of the masks of all targets of a sentence, as RLE.
+
+    Crowd regions are ignored when there is any other target, as in the published evaluation. A sentence whose
+    targets are all crowds gets their union (the original code fails on it).
+    """
+    chosen = [rle for rle, is_crowd in zip(rles, crowd) if not is_crowd] or list(rles)
+    if len(chosen) == 1:
+        return chosen[0]
+    if not chosen:
+        return empty_rle(height, width)
+    return {"size": [height, width], "counts": coco_mask.merge(chosen)["counts"].decode()}
+
+
+def to_rle(segmentation: list | dict, height: int, width: int) -> tuple[dict, str | None]:
+    """Convert a COCO segmentation (polygons in pixels, or RLE, compressed or not) to an RLE with `counts` as text.
+
+    Everything is checked before pycocotools gets it, because its C code does not check its input. The polygons of one
+    object are united. Returns the RLE and what was wrong, or None; invalid polygons are ignored.
+    """
+    if isinstance(segmentation, dict):
+        counts, fault = _checked_counts(segmentation, height, width)
+        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    else:
+        rings = [_checked_ring(ring, height, width) for ring in segmentation]
+        valid = [ring for ring, _ in rings if ring is not None]
+        fault = next((fault for _, fault in rings if fault), None if rings else "no polygon")
+        if not valid:
+            return empty_rle(height, width), fault
+        rles = coco_mask.frPyObjects(valid, height, width)
+        rle = rles[0] if len(rles) == 1 else coco_mask.merge(rles)
+    return {"size": [height, width], "counts": rle["counts"].decode()}, fault
+
+
+def xywh_to_xyxy(boxes: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+    """Convert boxes (n, 4) from x, y, width, height to x1, y1, x2, y2; float32. No boxes give (0, 4)."""
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _checked_ring(ring: object, height: int, width: int) -> tuple[np.ndarray | None, str | None]:
+    """Coordinates x, y, x, y, ... that are safe for the C code, or None; and what is wrong, or None."""
+    if not isinstance(ring, (list, np.ndarray)) or len(ring) < 6 or len(ring) % 2:
+        return None, "polygon with less than 3 points or an odd number of coordinates"
+    try:
+        points = np.asarray(ring)
+    except (ValueError, OverflowError):
+        return None, "polygon that is not a list of numbers"
+    if points.ndim != 1 or points.dtype.kind not in "if" or not np.isfinite(points).all():
+        return None, "polygon that is not a list of finite numbers"
+    limits = np.tile([width, height], len(ring) // 2)
+    if ((points >= -limits) & (points <= 2 * limits)).all():
+        return points.astype(np.float64), None
+    return np.clip(points, -limits, 2 * limits).astype(np.float64), "polygon far outside its image, clipped"
+
+
+def _checked_counts(rle: dict, height: int, width: int) -> tuple[list[int], str | None]:
+    """Run lengths that cover the image exactly, and None; or one run of background and what is wrong."""
+    counts = rle.get("counts")
+    if isinstance(counts, str):
+        counts = _decoded_counts(counts)
+    if rle.get("size") != [height, width]:
+        fault = f"RLE of size {rle.get('size')} in an image of {[height, width]}"
+    elif not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+        fault = "RLE whose counts are not run lengths"
+    elif sum(counts) != height * width:
+        fault = "RLE that does not cover its image exactly"
+    else:
+        return counts, None
+    return [height * width], fault
+
+
+def _decoded_counts(text: str) -> list[int] | None:
+    """Run lengths of a compressed RLE (COCO's `rleFrString`); None when the text is not one.
+
+    A character holds 5 bits of a number, low bits first. From the third number on, the difference to the number two
+    places before is stored.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # bit 5 says that the number goes on
+            if bits & 16:  # bit 4 of the last character is the sign
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return None if shift else counts
