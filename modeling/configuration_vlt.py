@@ -14,6 +14,9 @@ class VltConfig(PreTrainedConfig):
     model_type = "vlt"
     keys_to_ignore_at_inference = ["loss_terms"]  # by Trainer, which gathers the others
 
+    custom_pipelines: dict | None = None
+    """The pipeline that `transformers.pipeline` finds in this repository."""
+
     # Inputs
     image_size: int = 416
     """Side of the square image in pixels, a multiple of 32. A linear layer over all pixels fixes it."""
@@ -48,6 +51,9 @@ class VltConfig(PreTrainedConfig):
     """Weight of the squares of all convolution kernels."""
 
     def __post_init__(self, **kwargs) -> None:
+        if self.custom_pipelines is None:
+            pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
+            self.custom_pipelines = {"referring-segmentation": pipeline}
         super().__post_init__(**kwargs)
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"image_size={self.image_size} in VltConfig: choose a multiple of 32")

@@ -81,6 +81,8 @@ class VltProcessor(ReferringProcessor):
         return_rle: bool = False,
     ) -> list[dict[str, object]]:
         """See `ReferringProcessor`. As published, probabilities are resized; "no_target" is always False."""
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: choose a probability, 0 to 1")
         masks = outputs["pred_masks"].float().sigmoid()
         masks = interpolate(masks, scale_factor=2, mode="bilinear")  # (B, 1, size, size)
         side = masks.shape[-1]
