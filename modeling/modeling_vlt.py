@@ -167,7 +167,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all dimensions but the second, with Keras' constants.
 
     As in Keras 2.3, frozen weights keep the running statistics too, but training still normalises by the batch.
-    (Keras' running variance is larger by n / (n - 1.001) for n values a channel; this one is not.)
+    (Keras' running variance of maps is larger by n / (n - 1.001) for n values a channel; this one is not.)
     """
 
     epsilon, momentum = 1e-3, 0.01
