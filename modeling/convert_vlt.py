@@ -16,6 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+try:
+    import h5py
+except ModuleNotFoundError:  # an extra, which `read_h5` alone needs
+    h5py = None
+
 from .configuration_vlt import VltConfig
 from .modeling_vlt import BatchNorm, VltModel
 from .processing_vlt import new_processor
@@ -51,11 +56,11 @@ def read_h5(path: Path | str) -> dict[str, np.ndarray]:
     """Read the weights of a Keras h5: "layer/weight" -> array, such as "conv2d_1/kernel".
 
     Raises:
-        ValueError: when the file is missing, damaged, no file of weights, or declares more values than it has bytes.
-        ImportError: without h5py.
+        ValueError: when the file is missing, damaged, no file of weights, or declares more values than it has bytes;
+            without h5py.
     """
-    import h5py  # an extra, only needed here
-
+    if h5py is None:
+        raise ValueError("a Keras h5 is read with h5py, which is not installed: pip install h5py")
     path, weights, free = Path(path), {}, 0
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a Keras .h5 file")
@@ -167,8 +172,6 @@ def _names(group: object, attribute: str, limit: int) -> list[str]:
 
 def _member(group: object, path: str) -> object:
     """What is in a group under a path, without following links to other places or files."""
-    import h5py
-
     for name in path.split("/"):
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ValueError(f"{path!r} is missing or a link")
@@ -233,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = convert(**vars(options))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"convert_vlt: {error_line(error, options.checkpoint)}", file=sys.stderr)
         return 2
     print(f"{options.folder}: {model.num_parameters() / 1e6:.1f} M parameters")

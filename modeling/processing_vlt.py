@@ -128,7 +128,13 @@ class VltCollator:
 
 
 def new_processor(config: VltConfig, tokenizer: VltTokenizer) -> VltProcessor:
-    """The processor of a model with this configuration."""
+    """The processor of a model with this configuration.
+
+    Raises:
+        ValueError: for word vectors of another size than the model reads.
+    """
+    if tokenizer.words and tokenizer.vectors.shape[1] != config.word_size:
+        raise ValueError(f"word vectors of {tokenizer.vectors.shape[1]} values: this model reads {config.word_size}")
     size = {"height": config.image_size, "width": config.image_size}
     return VltProcessor(VltImageProcessor(size=size), tokenizer, max_words=config.max_words)
 

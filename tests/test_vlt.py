@@ -13,6 +13,7 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling import convert_vlt
 from modeling.configuration_vlt import VltConfig
 from modeling.convert_vlt import (
     _weight_name,
@@ -241,11 +242,34 @@ def extra_fields(model: VltModel) -> dict[str, object]:
     return {name: model.config.to_diff_dict()[name] for name in ("architectures", "auto_map", "dtype")}
 
 
+def test_word_vectors_of_another_size_are_an_error(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tiny_tokenizer(tmp_path, size=10)
+    arguments = ["--num-attention-heads", "4", "--word-vectors", str(tmp_path / "glove.txt")]
+    assert main([str(checkpoint), str(tmp_path / "out"), *arguments]) == 2
+    assert "word vectors of 10 values: this model reads 12" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_h5py_the_error_says_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_vlt, "h5py", None)
+    with pytest.raises(ValueError, match="pip install h5py"):
+        read_h5(checkpoint)
+
+
 def test_without_word_vectors_the_processor_says_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
     assert main([str(checkpoint), str(tmp_path / "out"), "--num-attention-heads", "4"]) == 0
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with pytest.raises(ValueError, match="no word vectors"):
         processor(text=["the red square"])
+
+
+def test_the_default_is_the_published_network() -> None:
+    with torch.device("meta"):
+        model = VltModel(VltConfig())
+    assert sum(value.numel() for value in model.state_dict().values()) == 89_377_674
+    assert len(parameter_names(model)) == 524
 
 
 def test_every_weight_is_used_or_an_error(checkpoint: Path) -> None:
