@@ -28,7 +28,8 @@ class ReferringPipeline(Pipeline):
         Args:
             image: PIL image, path or URL; or a list of {"image": .., "text": ..} for several images.
             text: a sentence or a list of them.
-            mask_threshold: a pixel is target when its probability is greater, 0.5 by default; also named `threshold`.
+            mask_threshold: a pixel is target when its probability is greater, by default the processor's own;
+                also named `threshold`.
             box_threshold: least score of a box, 0.7 by default.
             no_target_threshold: a sentence has no target when its score is greater; the processor's own by default.
             return_rle: give COCO run lengths instead of masks.
@@ -68,7 +69,7 @@ class ReferringPipeline(Pipeline):
     def postprocess(
         self,
         model_outputs: dict[str, GenericTensor],
-        mask_threshold: float = 0.5,
+        mask_threshold: float | None = None,
         box_threshold: float = 0.7,
         no_target_threshold: float | None = None,
         return_rle: bool = False,
@@ -84,8 +85,13 @@ class ReferringPipeline(Pipeline):
             )
             answers = [{**answer, **part} for answer, part in zip(answers, boxes, strict=True)]
         if "pred_masks" in model_outputs:
+            options = {} if mask_threshold is None else {"threshold": mask_threshold}
             masks = self.processor.post_process_referring_segmentation(
-                model_outputs, mask_threshold, sizes, no_target_threshold, return_rle
+                model_outputs,
+                target_sizes=sizes,
+                no_target_threshold=no_target_threshold,
+                return_rle=return_rle,
+                **options,
             )
             answers = [{**answer, **part} for answer, part in zip(answers, masks, strict=True)]
         return answers[0] if isinstance(text, str) else answers

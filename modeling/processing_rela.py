@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from transformers import PreTrainedTokenizerBase
 
 from .boxes import cxcywh_to_xyxy
 from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor, image_sizes
+from .masks import decode_mask, encode_mask
 from .referring_processor import (
     BASE_COLUMNS,
     Batch,
@@ -284,17 +284,6 @@ class RelaCollator:
             "num_objects": torch.tensor([len(items) for items in objects]),
             "targets": torch.from_numpy(targets),
         }
-
-
-def decode_mask(rle: dict) -> np.ndarray:
-    """COCO run lengths {"size": [h, w], "counts": str or bytes} -> (h, w) uint8."""
-    return coco_mask.decode({"size": list(rle["size"]), "counts": rle["counts"]})
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, object]:
-    """(h, w) bool -> COCO run lengths {"size": [h, w], "counts": str}."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(map(int, rle["size"])), "counts": rle["counts"].decode()}
 
 
 def _quarter(mask: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_metadata_and_extras(wheel):
     assert (metadata["Name"], metadata["Version"]) == ("grefcoco", grefcoco.__version__)
     entry_points = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "grefcoco = grefcoco_data.commands:main" in entry_points
-    assert set(metadata.get_all("Provides-Extra")) == {"plot", "model", "train", "demo", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"plot", "model", "train", "demo", "vlt", "test", "all"}
     core = [line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(core) == [
         "datasets",

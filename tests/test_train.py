@@ -13,6 +13,7 @@ import train
 from benchmarks.ablation import RECIPE, ROWS
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
+from modeling.configuration_vlt import VltConfig
 from modeling.new_models import refuse_unknown, word_tokenizer
 from modeling.training_rela import parameter_groups
 from tests.processes import fork, start_group
@@ -32,7 +33,7 @@ def dataset(scenes_dataset):
 def test_recipes_name_only_what_exists(path):
     config = train.parse_config([str(path), "--dataset", "x"])
     fields = dict(config.model)
-    config_class = {"rela": RelaConfig, "mdetr": MdetrConfig}[fields.pop("model_type", "rela")]
+    config_class = {"rela": RelaConfig, "mdetr": MdetrConfig, "vlt": VltConfig}[fields.pop("model_type", "rela")]
     refuse_unknown(fields, config_class)
     config_class(**fields)
 

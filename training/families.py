@@ -9,7 +9,7 @@ from types import ModuleType
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import modeling  # noqa: F401 (registers the families with the auto classes)
-from modeling import training_mdetr, training_rela
+from modeling import training_mdetr, training_rela, training_vlt
 from training.config import TrainConfig
 
 
@@ -32,6 +32,7 @@ class Family:
 FAMILIES = {  # by model_type
     "rela": Family("ReLA", "image-segmentation", training_rela),
     "mdetr": Family("MDETR", "object-detection", training_mdetr),
+    "vlt": Family("VLT", "image-segmentation", training_vlt),
 }
 
 
