@@ -4,16 +4,21 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 
 from .configuration_mdetr import MdetrConfig
 from .configuration_rela import RelaConfig
+from .configuration_vlt import VltConfig
 from .image_processing_mdetr import MdetrImageProcessor
 from .image_processing_rela import RelaImageProcessor
+from .image_processing_vlt import VltImageProcessor
 from .modeling_mdetr import MdetrModel
 from .modeling_rela import RelaModel
+from .modeling_vlt import VltModel
 from .processing_mdetr import MdetrProcessor
 from .processing_rela import RelaProcessor
+from .processing_vlt import VltProcessor
 
 for config, model, image_processor, processor in (
     (RelaConfig, RelaModel, RelaImageProcessor, RelaProcessor),
     (MdetrConfig, MdetrModel, MdetrImageProcessor, MdetrProcessor),
+    (VltConfig, VltModel, VltImageProcessor, VltProcessor),
 ):
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)

@@ -50,7 +50,7 @@ class VltConfig(PreTrainedConfig):
     l2_weight: float = 5e-4
     """Weight of the squares of all convolution kernels."""
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.custom_pipelines is None:
             pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
             self.custom_pipelines = {"referring-segmentation": pipeline}

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import train
 from benchmarks.ablation import RECIPE, ROWS
-from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
-from modeling.configuration_vlt import VltConfig
 from modeling.new_models import refuse_unknown, word_tokenizer
 from modeling.training_rela import parameter_groups
 from tests.processes import fork, start_group
@@ -33,7 +32,7 @@ def dataset(scenes_dataset):
 def test_recipes_name_only_what_exists(path):
     config = train.parse_config([str(path), "--dataset", "x"])
     fields = dict(config.model)
-    config_class = {"rela": RelaConfig, "mdetr": MdetrConfig, "vlt": VltConfig}[fields.pop("model_type", "rela")]
+    config_class = type(AutoConfig.for_model(fields.pop("model_type", "rela")))
     refuse_unknown(fields, config_class)
     config_class(**fields)
 

@@ -37,7 +37,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
     checkpoint: str | None = option(None, "model folder or Hub id to start from or to evaluate")
-    model: str = option({}, "fields of a new model's configuration; model_type is rela (default), mdetr or vlt")
+    model: str = option({}, "fields of a new model's configuration; model_type names its family, rela by default")
     tokenizer: str | None = option(
         None,
         "BERT folder or Hub id for tokeniser and text weights, for VLT a file of word vectors; unset makes its own",
