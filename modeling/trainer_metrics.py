@@ -9,13 +9,9 @@ trainer = Trainer(
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import EvalPrediction
-
-if TYPE_CHECKING:
-    from .referring_processor import ReferringProcessor
+from transformers import EvalPrediction, ProcessorMixin
 
 MASK_COUNTS = 4  # columns of `reduce` for a mask
 BOX_COUNTS = 5  # columns of `reduce` for a box
@@ -26,14 +22,12 @@ class TrainerMetrics:
     """Scores for Trainer with `batch_eval_metrics=True`; it stores a few numbers per sentence, never masks.
 
     Args:
-        processor: of the model.
+        processor: of the model, a `ReferringProcessor`.
         gres: the GRES metric as `evaluate.load` gives it; used where the model gives masks.
         grec: the GREC metric; used where the model gives boxes. Its scores are named "grec/F1_score" and so on.
     """
 
-    def __init__(
-        self, processor: "ReferringProcessor", gres: object | None = None, grec: object | None = None
-    ) -> None:
+    def __init__(self, processor: ProcessorMixin, gres: object | None = None, grec: object | None = None) -> None:
         self.processor = processor
         self.metrics = {name: metric for name, metric in (("gres", gres), ("grec", grec)) if metric is not None}
         self.restart()
