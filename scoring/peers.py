@@ -40,7 +40,7 @@ from grefcoco_data.masks import empty_rle, encode_mask
 from modeling.referring_processor import group_by_image
 from scoring.answers import Answer, read_text
 from scoring.grammars import prompt
-from scoring.prediction import Predictor
+from scoring.prediction import Predictor, revision
 
 MOST_BOXES = 100  # of a sentence
 NEW_TOKENS = 256
@@ -73,7 +73,7 @@ class Peer:
     def __init__(self, checkpoint: str) -> None:
         self.model = self.auto.from_pretrained(checkpoint).eval().to(PartialState().device)
         self.processor = _load_processor(checkpoint)
-        self.origin = {"revision": self.model.config._commit_hash}
+        self.origin = {"revision": revision(self.model)}
 
     @torch.inference_mode()
     def __call__(self, rows: list[dict]) -> list[Answer]:
@@ -312,8 +312,12 @@ class Segmented:
     def __init__(self, predictor: Predictor, segmenter: Segmenter, threshold: float) -> None:
         self.predictor, self.segmenter, self.threshold = predictor, segmenter, threshold
         self.columns = predictor.columns
-        revision = segmenter.model.config._commit_hash
-        self.origin = {**predictor.origin, "segmenter_revision": revision, "segmenter_box_threshold": threshold}
+        segmenter_revision = revision(segmenter.model)
+        self.origin = {
+            **predictor.origin,
+            "segmenter_revision": segmenter_revision,
+            "segmenter_box_threshold": threshold,
+        }
 
     def __call__(self, rows: list[dict]) -> list[Answer]:
         answers = self.predictor(rows)

@@ -50,13 +50,18 @@ class OwnModel:
         self.model, self.processor = model.eval().to(PartialState().device), processor
         self.columns = processor.columns(training=False)
         self.collate = processor.collator(model.config)
-        self.origin = {"revision": model.config._commit_hash}
+        self.origin = {"revision": revision(model)}
 
     @torch.inference_mode()
     def __call__(self, rows: list[dict]) -> list[Answer]:
         batch = send_to_device(self.collate(rows), self.model.device)
         batch.pop("labels")
         return answers_of(self.processor, self.model(**batch), rows)
+
+
+def revision(model: PreTrainedModel) -> str | None:
+    """The commit of a model on the Hub; None for a model folder."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def write_answers(predictor: Predictor, rows: datasets.Dataset, out: Path, batch_size: int, origin: dict) -> dict:
