@@ -1,10 +1,10 @@
-"""The data set against plain ways of doing the same, and against what the machine allows at best.
+"""Speed of the data set, beside plain ways of doing the same and beside the limit of the machine.
 
     python benchmarks/data.py --generator GENERATOR --work DIR [--original grefer.py]
 
-The generator writes data in the genuine format (`--out --images --refs --anns-per-image --jpegs`); --original is
-gRefCOCO's own grefer.py, measured beside where it is given. Every measure runs in a process of its own. Times are
-CPU seconds, so that other work on the machine counts less; peaks are resident memory with all libraries.
+The generator writes data in the genuine format (`--out --images --refs --anns-per-image --jpegs`). --original is
+gRefCOCO's own grefer.py; it is measured too when it is given. Every measurement runs in a process of its own. Times
+are CPU seconds, so that other work on the machine counts less. Peaks are resident memory with all libraries.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from pycocotools import mask as coco_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 import grefcoco
-from grefcoco_data import files, image_rows
+from grefcoco_data import annotations as annotation_files
+from grefcoco_data import rows as row_tables
 
 FULL = {"--images": 19_994, "--refs": 250_000, "--anns-per-image": 9.84, "--seed": 2}
 PICTURES = {"--images": 1_500, "--refs": 18_750, "--anns-per-image": 9.84, "--seed": 3, "--jpegs": 1_500}
@@ -39,7 +42,7 @@ PICTURES = {"--images": 1_500, "--refs": 18_750, "--anns-per-image": 9.84, "--se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the data, reused when there")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the data; reused when it exists")
     parser.add_argument("--original", type=Path)
     options = parser.parse_args()
     full = generate(options.generator, options.work / "full", FULL)
@@ -56,7 +59,7 @@ def main() -> None:
     compare("GRefer ready, CPU s", index[0][:1], index[1], apart(read_ours, full))
     print(f"| GRefer, peak GB | {index[0][1]:.2f} | {'' if index[1] is None else f'{index[1][1]:.2f}'} | | |")
     compare("4,000 merged masks, CPU s", apart(masks_ours, full), apart(masks_plain, full), apart(masks_limit, full))
-    import data_samples as samples  # not above: torch would count as memory of the rest
+    import data_samples as samples  # here and not above: torch would count as memory of the other measurements
 
     one, by_torch = (apart(samples.ours, pictures, built, way) for way in (samples.by_pillow, samples.by_torch))
     shared, mapper = (apart(way, pictures, built) for way in (samples.shared, samples.mapper))
@@ -82,7 +85,7 @@ def compare(name: str, ours: tuple, plain: tuple | None, limit: tuple) -> None:
 
 
 def apart(function: Callable, *arguments: object) -> Measure:
-    """Run in a fresh process; functions that prepare something first return their own CPU seconds."""
+    """Run in a new process. A function that prepares something first returns its own CPU seconds."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measured, function, arguments).result()
 
@@ -111,47 +114,47 @@ def generate(generator: Path, folder: Path, sizes: dict[str, float]) -> Path:
 
 def read_ours(folder: Path) -> float:
     start = time.process_time()
-    kept = files.read_files(folder)
-    return time.process_time() - start if kept else 0.0
+    content = annotation_files.read_files(folder)  # freed after the time is taken
+    return time.process_time() - start if content else 0.0
 
 
 def read_plain(folder: Path) -> float:
-    start, kept = time.process_time(), []
-    for path in files.find_files(folder, "grefcoco"):
+    start, contents = time.process_time(), []
+    for path in annotation_files.find_files(folder, "grefcoco"):
         with path.open() as file:
-            kept.append(json.load(file))
+            contents.append(json.load(file))
     return time.process_time() - start
 
 
 def read_bytes(folder: Path) -> float:
     start = time.process_time()
-    kept = [path.read_bytes() for path in files.find_files(folder, "grefcoco")]
-    return time.process_time() - start if kept else 0.0
+    contents = [path.read_bytes() for path in annotation_files.find_files(folder, "grefcoco")]
+    return time.process_time() - start if contents else 0.0
 
 
 # ---- Arrow -------------------------------------------------------------------------------------------------------
 
 
-def parsed_input(folder: Path, parser: str) -> tuple[files.Annotations, list[int]]:
-    """Parsed annotations with all segmentations as RLE already, and images without pictures: tables alone count.
+def parsed_input(folder: Path, parser: str) -> tuple[annotation_files.Annotations, list[int]]:
+    """Parsed annotations with all segmentations as RLE, and images without content: only the tables are measured.
 
-    `json.load` leaves millions of lists, among which Python may look for garbage while rows are built.
+    `json.load` leaves millions of lists, which the garbage collector may search while rows are built.
     """
     if parser == "json.load":
-        files.read_instances = lambda path, as_lists=False: files.read_json(path)
-    notes = files.read_annotations(folder)
+        annotation_files.read_instances = lambda path, as_lists=False: annotation_files.read_json(path)
+    notes = annotation_files.read_annotations(folder)
     image_ids = list(notes.splits["train"])[:4_000]
     for image_id in image_ids:
         image = notes.images[image_id]
         for item in notes.objects[image_id]:
-            item["segmentation"] = image_rows.to_rle(item["segmentation"], image["height"], image["width"])[0]
-    image_rows.to_rle = lambda rle, height, width: (rle, None)
-    image_rows.read_image = lambda source, image: b"picture"
+            item["segmentation"] = row_tables.to_rle(item["segmentation"], image["height"], image["width"])[0]
+    row_tables.to_rle = lambda rle, height, width: (rle, None)
+    row_tables.read_image = lambda source, image: b"picture"
     return notes, image_ids
 
 
 class Columns(datasets.ArrowBasedBuilder):
-    """The tables of `grefcoco` as its builder yields them."""
+    """The tables of `grefcoco`, as its builder yields them."""
 
     parsed: tuple
 
@@ -163,7 +166,7 @@ class Columns(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, object]]:
         notes, image_ids = self.parsed
-        yield from enumerate(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
+        yield from enumerate(row_tables.image_tables(notes, "train", image_ids, None, annotation_files.Problems()))
 
 
 class Rows(datasets.GeneratorBasedBuilder):
@@ -194,14 +197,14 @@ class Rows(datasets.GeneratorBasedBuilder):
 
 
 def _object_row(item: dict) -> dict:
-    kept = {key: item[key] for key in ("category_id", "bbox", "area", "segmentation")}
-    return {"ann_id": item["id"], "iscrowd": bool(item["iscrowd"]), **kept}
+    fields = {key: item[key] for key in ("category_id", "bbox", "area", "segmentation")}
+    return {"ann_id": item["id"], "iscrowd": bool(item["iscrowd"]), **fields}
 
 
 def _expression_row(ref: dict, sentence: dict) -> dict:
-    ann_ids = files.targets(ref)
-    kept = {"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"], "raw": sentence["raw"]}
-    return kept | {"sentence": sentence["sent"], "no_target": not ann_ids, "ann_ids": ann_ids}
+    ann_ids = annotation_files.targets(ref)
+    ids = {"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"], "raw": sentence["raw"]}
+    return ids | {"sentence": sentence["sent"], "no_target": not ann_ids, "ann_ids": ann_ids}
 
 
 def _prepare(kind: type[datasets.DatasetBuilder], folder: Path, parser: str) -> float:
@@ -222,11 +225,11 @@ def build_rows(folder: Path, parser: str) -> float:
 
 
 def copy_table(folder: Path, parser: str) -> float:
-    """Writing the finished table and nothing else."""
+    """Only write the finished table."""
     notes, image_ids = parsed_input(folder, parser)
-    tables = list(image_rows.image_tables(notes, "train", image_ids, None, files.Problems()))
+    tables = list(row_tables.image_tables(notes, "train", image_ids, None, annotation_files.Problems()))
     start = time.process_time()
-    with tempfile.TemporaryFile() as file, grefcoco.pa.ipc.new_stream(file, tables[0].schema) as writer:
+    with tempfile.TemporaryFile() as file, pa.ipc.new_stream(file, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
     return time.process_time() - start
@@ -260,14 +263,14 @@ def masks_ours(folder: Path) -> float:
 
 
 def masks_plain(folder: Path) -> float:
-    """As the field's loaders do: decode every polygon of every target, add up, cut at 1."""
+    """As published loaders do: decode every polygon of every target, add up, clip at 1."""
     return _masks(folder, plain_mask)
 
 
 def plain_mask(refer: grefcoco.GRefer, ref: dict) -> np.ndarray:
     image = refer.Imgs[ref["image_id"]]
     total = np.zeros((image["height"], image["width"]), np.uint8)
-    for ann in refer.loadAnns(files.targets(ref)):
+    for ann in refer.loadAnns(annotation_files.targets(ref)):
         if not ann["iscrowd"]:
             rles = coco_mask.frPyObjects(ann["segmentation"], image["height"], image["width"])
             total += np.sum(coco_mask.decode(rles), axis=2).astype(np.uint8)
@@ -283,7 +286,7 @@ def masks_limit(folder: Path) -> float:
 
 def _mask_unchecked(refer: grefcoco.GRefer, ref: dict) -> None:
     image = refer.Imgs[ref["image_id"]]
-    anns = [ann for ann in refer.loadAnns(files.targets(ref)) if not ann["iscrowd"]]
+    anns = [ann for ann in refer.loadAnns(annotation_files.targets(ref)) if not ann["iscrowd"]]
     if rings := [ring for ann in anns for ring in ann["segmentation"]]:
         coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(rings, image["height"], image["width"])))
 

@@ -1,4 +1,4 @@
-"""Whole samples for training, one sentence at a time or together: the last part of benchmarks/data.py, which runs it.
+"""Complete training samples, one sentence at a time or by image: the last part of benchmarks/data.py, which runs it.
 
 A sample is an image of 480 x 480 pixels, the mask of its targets and the tokens of its sentence, as tensors.
 """
@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from transformers import BertTokenizer
 
 import grefcoco
-from grefcoco_data import files
+from grefcoco_data.annotations import targets
 
 torch.set_num_threads(1)
 SIDE = 480
@@ -28,7 +28,7 @@ SENTENCES = 1_500
 
 
 def _sentences(built: Path) -> tuple[datasets.Dataset, list[int]]:
-    """Rows of images taken at random, all their sentences, until there are enough."""
+    """All rows, and the indices of `SENTENCES` of them: all sentences of images in random order."""
     rows = grefcoco.load(built, split="train", columns=["image", "image_id", "mask", "sentence"])
     image_ids = np.array(rows.with_format(None)["image_id"][:])
     order = np.random.default_rng(0).permutation(np.unique(image_ids))
@@ -49,7 +49,9 @@ def by_pillow(image: Image.Image) -> torch.Tensor:
 
 def by_torch(image: Image.Image) -> torch.Tensor:
     """(3, side, side) uint8, within one grey level of `by_pillow`: the same filter in vectorised integers."""
-    stored = pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)  # PIL's memory, not a copy
+    stored = (
+        pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)
+    )  # the memory of PIL, not a copy
     pixels = torch.from_numpy(stored).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)[0, :3]
 
@@ -61,7 +63,7 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _mask(rle: dict) -> torch.Tensor:
-    """(side, side) uint8: the pixel nearest to each place."""
+    """(side, side) uint8, resized by nearest neighbour."""
     mask = coco_mask.decode(rle)
     rows, columns = (((np.arange(SIDE) + 0.5) * side / SIDE).astype(np.intp) for side in mask.shape)
     return torch.from_numpy(mask.T.take(columns, axis=0).take(rows, axis=1).T)
@@ -89,8 +91,8 @@ def shared(pictures: Path, built: Path) -> float:
     rows, indices = _sentences(built)
     encode = _tokenizer(rows).backend_tokenizer.encode
     start = time.process_time()
-    for at in range(0, len(indices), 32):
-        batch = rows.__getitems__(indices[at : at + 32])
+    for first in range(0, len(indices), 32):
+        batch = rows.__getitems__(indices[first : first + 32])
         pixels = {key: by_pillow(image) for key, image in {id(row["image"]): row["image"] for row in batch}.items()}
         for row in batch:
             pixels[id(row["image"])], _mask(row["mask"]), _tokens(encode(row["sentence"]).ids)
@@ -98,14 +100,14 @@ def shared(pictures: Path, built: Path) -> float:
 
 
 def mapper(pictures: Path, built: Path) -> float:
-    """One sentence at a time from the genuine files, by the steps of the original mapper."""
+    """One sentence at a time from the genuine files, with the steps of the original mapper."""
     refer = grefcoco.GRefer(pictures)
     rows, indices = _sentences(built)
     tokenizer = _tokenizer(rows)
     records = []
     for sent_id in _sent_ids(built, indices):
         ref = refer.sentToRef[sent_id]
-        anns = [ann for ann in refer.loadAnns(files.targets(ref)) if not ann["iscrowd"]]
+        anns = [ann for ann in refer.loadAnns(targets(ref)) if not ann["iscrowd"]]
         path = pictures / "images/train2014" / refer.Imgs[ref["image_id"]]["file_name"]
         records.append({"path": path, "annotations": anns, "sentence": refer.Sents[sent_id]["sent"]})
     random.Random(0).shuffle(records)
@@ -116,7 +118,7 @@ def mapper(pictures: Path, built: Path) -> float:
 
 
 def mapper_sample(record: dict, tokenizer: BertTokenizer) -> dict:
-    """The original mapper's work for a sentence: image, padding mask, boxes, masks and tokens, as tensors."""
+    """What the original mapper makes of a sentence: image, padding mask, boxes, masks and tokens, as tensors."""
     record = copy.deepcopy(record)
     with Image.open(record["path"]) as image:
         image.getexif().get(0x0112)
@@ -156,7 +158,7 @@ def _sent_ids(built: Path, indices: list[int]) -> list[int]:
 
 
 def limit(pictures: Path, built: Path, sharing: bool) -> float:
-    """Decoding and resizing the image for each sentence, or once for all its sentences, and nothing else."""
+    """Only decode and resize the image, for each sentence or (`sharing`) once for all its sentences."""
     rows, indices = _sentences(built)
     names = rows.with_format(None).select(indices)["image_id"][:]
     paths = [

@@ -105,7 +105,7 @@ class GRefer:
         of_images = [ann["id"] for key in images for ann in self.imgToAnns.get(key, [])]
         if not refs:
             return of_images if images else [ann["id"] for ann in self.data["annotations"]]
-        of_refs = {key for ref_id in refs for key in as_list(self.Refs[ref_id]["ann_id"])}
+        of_refs = {key for ref_id in refs for key in targets(self.Refs[ref_id])}
         return sorted((set(of_images) if images else self._ann_ids) & of_refs)
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
@@ -137,7 +137,7 @@ class GRefer:
         """Boxes [x, y, w, h] in pixels of the ref's targets; in the RefCOCO family the one box, not a list."""
         if self.single:
             return self.refToAnn[ref_id]["bbox"]
-        return [ann["bbox"] for ann in self.refToAnn[ref_id] if ann is not None]
+        return [ann["bbox"] for ann in self.loadAnns(targets(self.Refs[ref_id]))]
 
     def getMask(self, ann: dict | None) -> dict | None:
         """`{"mask": (height, width) uint8 of 0 and 1, "area": pixels}` of an annotation, or of a ref as in REFER."""

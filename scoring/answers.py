@@ -75,7 +75,7 @@ def answers_of(processor: ProcessorMixin, outputs: object, rows: Sequence[dict])
         for answer, result in zip(answers, masks, strict=True):
             answer.mask = result["mask"]
     if "pred_boxes" in outputs:
-        boxes = processor.post_process_referring_detection(outputs, 0.0, sizes, return_masks=False)
+        boxes = processor.post_process_referring_detection(outputs, 0.0, sizes)
         for answer, result in zip(answers, boxes, strict=True):
             answer.boxes, answer.scores = result["boxes"].tolist(), result["scores"].tolist()
     return answers

@@ -50,8 +50,10 @@ class Measurement:
         self.ids = np.asarray(rows.with_format(None)["sent_id"])
         self.places = {sent_id: place for place, sent_id in enumerate(self.ids.tolist())}
         self.metrics = None if processor is None else processor.trainer_metrics(GRES, GREC)
-        self.gres = self.metrics.accumulators["gres"] if self.metrics else gres or GRES.accumulator()
-        self.grec = self.metrics.accumulators["grec"] if self.metrics else grec or GREC.accumulator()
+        accumulators = {} if self.metrics is None else self.metrics.accumulators
+        # an accumulator without sentences is false: compare with None
+        self.gres = accumulators.get("gres", gres if gres is not None else GRES.accumulator())
+        self.grec = accumulators.get("grec", grec if grec is not None else GREC.accumulator())
         self.every_object = GRES.accumulator()
         self.unreadable: list[Answer] = []
 

@@ -1,4 +1,4 @@
-"""Augmented rows: images, masks, boxes and words stay true of each other, or become untrue on purpose."""
+"""Augmented rows: image, masks, boxes and sentence agree; a hard negative is untrue of its image."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_data.augmentation import COLOURS, Augmentation, Donors, swap_colour, swap_sides
+from training.augmentation import COLOURS, Augmentation, Donors, swap_colour, swap_sides
 
 WIDTH, HEIGHT = 60, 40
 NOBODY = Donors(["a giraffe", "the dog"], ["a giraffe", "The dog"], [[9], [2]], [7, 7])
@@ -130,9 +130,9 @@ def test_hard_negatives_refer_to_nothing_and_say_something_else(row):
     assert kinds == {True, False}, "both kinds of hard negatives appear"
 
 
-def test_a_sentence_already_said_of_the_image_is_not_taken_for_untrue(row):
-    said = [f"the {colour} thing on the left" for colour in COLOURS]
-    donors = Donors(said, said, [[1]] * len(said), [7] * len(said))
+def test_another_sentence_of_the_image_is_no_hard_negative(row):
+    sentences = [f"the {colour} thing on the left" for colour in COLOURS]
+    donors = Donors(sentences, sentences, [[1]] * len(sentences), [7] * len(sentences))
     (seen,) = Augmentation(hard_negatives=1.0)([row], donors, seed=0, epoch=0)
     assert seen == row, "there is nothing to borrow either: the row stays as it is"
 

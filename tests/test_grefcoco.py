@@ -315,6 +315,14 @@ def test_folder_that_is_no_build_is_left_alone(genuine, tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("splits", [["train"], ["val", "testA"], ["val", "val", "train"]])
+def test_category_ids_are_those_of_all_objects(built, splits):
+    stored = datasets.load_dataset(str(built))
+    expected = {item["category_id"] for split in splits for objects in stored[split]["objects"] for item in objects}
+    ids = grefcoco.category_ids(built, splits)
+    assert ids == sorted(expected) and all(type(number) is int for number in ids)
+
+
 KILLED_BUILD = """
 import sys, time, grefcoco
 from grefcoco_data import building

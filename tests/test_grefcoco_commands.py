@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 import grefcoco
-from grefcoco_data import building, collections, commands, official
+from grefcoco_data import building, collections, commands, masks, official, show
 from grefcoco_data.annotations import read_annotations
+from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.atomic_files import sha256
 from grefcoco_data.collections import COLLECTIONS, COUNTED
+from grefcoco_data.masks import decode_mask
 from tests.tiny_grefcoco import write_genuine
 
 
@@ -277,3 +280,65 @@ def test_no_server_is_one_line(genuine, tmp_path, monkeypatch, capsys):
     as_release(monkeypatch, {}, {}, images="http://127.0.0.1:9/train2014.zip")
     assert build(genuine, tmp_path / "train2014.zip", tmp_path / "out", "--download") == 2
     assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dashes", "underscores"])
+def test_flags_of_several_words_have_two_spellings(genuine, tmp_path, form):
+    flags = ["--skip-bad-images", "--num-proc=2"]
+    if form == "underscores":
+        flags = [flag.replace("-b", "_b").replace("-i", "_i").replace("m-p", "m_p") for flag in flags]
+        assert flags == ["--skip_bad_images", "--num_proc=2"]
+    next((genuine / "train2014").iterdir()).unlink()
+    assert build(genuine, genuine / "train2014", tmp_path / "out", *flags) == 0
+    assert "bad image, skipped" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_flags_are_not_abbreviated_and_values_not_changed():
+    parser = ArgumentParser()
+    parser.add_argument("--out-file")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args(["--out_file=my_file", "--", "--a_b", "c_d"])
+    assert options.out_file == "my_file" and options.names == ["--a_b", "c_d"]
+    assert parser.parse_args(["--out_file", "x_y"]).out_file == "x_y"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", "x"])
+
+
+def test_download_is_a_command_of_its_own(server, genuine, tmp_path, monkeypatch, capsys):
+    server.content = (genuine / "instances.json").read_bytes()
+    monkeypatch.setattr(official, "hf_hub_url", lambda *args, **kwargs: server.url)
+    digest = hashlib.sha256(server.content).hexdigest()
+    as_release(monkeypatch, {"instances.json": digest}, {}, images=server.url)
+    places = ["--annotations", tmp_path / "new", "--images", tmp_path / "images.zip"]
+    assert run("download", *places) == 0
+    assert (tmp_path / "new" / "instances.json").read_bytes() == server.content
+    assert (tmp_path / "images.zip").exists() and "complete" in capsys.readouterr().out
+    assert run("download", *places, "--config", "refcoco_unc") == 2
+    assert "No download is known for refcoco_unc" in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_are_one_line(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("stats", built, "--out", tmp_path / "stats.png") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "pip install 'grefcoco[plot]'" in line and not (tmp_path / "stats.png").exists()
+
+
+def test_samples_show_every_target_in_its_colour(genuine):
+    row = next(
+        row for row in grefcoco.load(genuine, images=genuine / "train2014", split="train") if len(row["boxes"]) == 2
+    )
+    picture = np.asarray(show.draw_targets(row)).astype(int)
+    assert picture.shape == (row["height"], row["width"], 3)
+    plain = np.asarray(row["image"]).astype(int)
+    inside = [decode_mask(rle).astype(bool) for rle in row["masks"]]
+    assert np.abs(picture - plain * 0.8)[~(inside[0] | inside[1])].mean() < 40
+    left, top = map(int, row["boxes"][-1][:2])
+    assert tuple(picture[top, left]) == show.TARGET_COLOURS[1], "the box of the last target is drawn last"
+    for target, colour in zip(inside, show.TARGET_COLOURS):
+        distances = [np.abs(pixels[target] - np.array(colour)).mean() for pixels in (picture, plain)]
+        assert distances[0] < distances[1]

@@ -365,6 +365,24 @@ def test_crowds_count_only_alone():
     assert masks.merge_rles([], [], 4, 1) == rle(4)
 
 
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_masks_come_back_as_they_went(height, width, data):
+    bits = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    mask = np.array(bits).reshape(height, width)
+    rle = masks.encode_mask(mask)
+    assert rle["size"] == [height, width] and type(rle["counts"]) is str
+    assert masks.decode_mask(rle).dtype == np.uint8 and np.array_equal(masks.decode_mask(rle), mask)
+    assert masks.encode_mask(mask * 7) == masks.encode_mask(mask.astype(np.float32)) == rle
+    assert not masks.decode_mask(masks.empty_rle(height, width)).any()
+
+
+def test_boxes_from_xywh_to_xyxy():
+    boxes = masks.xywh_to_xyxy([[1, 2, 3, 4], [0.5, 0, 1, 0]])
+    assert boxes.dtype == np.float32 and boxes.tolist() == [[1, 2, 4, 6], [0.5, 0, 1.5, 0]]
+    assert masks.xywh_to_xyxy([]).shape == (0, 4)
+
+
 # ---- fuzz --------------------------------------------------------------------------------------------------------
 
 FUZZ = """

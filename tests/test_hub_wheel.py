@@ -4,10 +4,15 @@ import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from email import message_from_bytes
+from importlib import metadata
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.hub_server import Hub
 from tests.tiny_grefcoco import write_genuine
@@ -41,27 +46,76 @@ assert type(model).__module__ == "grefcoco_modeling.modeling_rela"
 assert type(processor).__module__ == "grefcoco_modeling.processing_rela"
 print(sum(parameter.double().abs().sum() for parameter in model.parameters()).item())
 """
+# Modules of grefcoco_data that are on their way to training/ and scoring/, and need torch or matplotlib.
+MOVING = {"augmentation", "measurement", "model_card", "recipe", "report", "sampling"}
+IMPORT_ALL = """
+import importlib, importlib.util, pkgutil, sys
+import grefcoco, grefcoco_data
+for name in ("torch", "matplotlib", "transformers", "accelerate", "evaluate"):
+    assert importlib.util.find_spec(name) is None, f"{name} is installed"
+names = {module.name for module in pkgutil.iter_modules(grefcoco_data.__path__)} - set(sys.argv[1:])
+for name in names:
+    importlib.import_module(f"grefcoco_data.{name}")
+print(*sorted(names))
+"""
 Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the wheel; what the wheel depends on is borrowed from this one."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    python = folder / "fresh" / "bin" / "python"
-    build = ["-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
-    run_here(*build)
-    run_here("-m", "venv", "--without-pip", folder / "fresh")
-    wheel = next(folder.glob("*.whl"))
+    run_here("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source")
+    return next(folder.glob("*.whl"))
+
+
+def fresh_environment(folder: Path, wheel: Path) -> tuple[Path, Path]:
+    """Interpreter and site-packages of a new environment that holds the wheel and nothing else."""
+    python = folder / "bin" / "python"
+    run_here("-m", "venv", "--without-pip", folder)
     run_here("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return python, Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """The interpreter of an environment with the wheel; its dependencies are borrowed from this environment."""
+    python, packages = fresh_environment(tmp_path_factory.mktemp("fresh") / "fresh", wheel)
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return python
+
+
+@pytest.fixture(scope="module")
+def core_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """As `python`, but only with the packages that `pip install grefcoco` installs: links to those of this one."""
+    python, packages = fresh_environment(tmp_path_factory.mktemp("core") / "fresh", wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        requires = message_from_bytes(archive.read(name)).get_all("Requires-Dist")
+    for distribution in required_distributions(requires).values():
+        for top in {path.parts[0] for path in distribution.files if path.parts[0] != ".."}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    return python
+
+
+def required_distributions(requires: Iterable[str], extras: Iterable[str] = ()) -> dict[str, Distribution]:
+    """Installed distributions that these requirements need, and what those need in turn."""
+    needed = {}
+    todo = [(requirement, tuple(extras)) for requirement in requires]
+    while todo:
+        line, extras = todo.pop()
+        requirement = Requirement(line)
+        applies = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", *extras))
+        if not applies or (key := (requirement.name, *sorted(requirement.extras))) in needed:
+            continue
+        needed[key] = metadata.distribution(requirement.name)
+        todo += [(inner, tuple(requirement.extras)) for inner in needed[key].requires or ()]
+    return needed
 
 
 def run_here(*arguments: object) -> None:
@@ -100,3 +154,34 @@ def test_data_set_from_the_wheel(run: Run, tmp_path: Path) -> None:
 def test_model_from_the_wheel_needs_no_remote_code(run: Run) -> None:
     pushed = run("author", "-c", PUSH, json.dumps(SMALL))
     assert run("user", "-c", USE) == pushed
+
+
+@pytest.mark.slow
+def test_every_module_and_command_works_without_torch_and_matplotlib(core_python: Path, tmp_path: Path) -> None:
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+        command = [str(argument) for argument in arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        return done
+
+    modules = run(core_python, "-c", IMPORT_ALL, *MOVING).stdout.split()
+    assert set(modules) == {path.stem for path in (ROOT / "grefcoco_data").glob("[!_]*.py")} - MOVING
+    genuine = write_genuine(tmp_path / "set")
+    files = ["--annotations", genuine, "--images", genuine / "train2014"]
+    command = core_python.with_name("grefcoco")
+    assert "complete" in run(command, "download", *files).stdout
+    assert "ready" in run(command, "build", *files, "--out", "built", "--download", "--skip_bad_images").stdout
+    for source in ("set", "built"):
+        assert "shared between splits" in run(command, "check", source).stdout
+        assert "| train |" in run(command, "stats", source).stdout
+        assert run(command, "export", source, "--out", f"{source}-json").stdout.count("images") == 4
+        coco = run(command, "export", source, "--out", f"{source}-coco", "--format", "coco")
+        assert coco.stdout.count("instances_") == 4
+        images = ["--images", genuine / "train2014"] if source == "set" else []
+        run(command, "show", source, *images, "--out", f"{source}-page")
+        assert list((tmp_path / f"{source}-page").glob("*.png"))
+        refused = run(command, "stats", source, "--out", "plots.png", code=2)
+        (line,) = [line for line in refused.stderr.splitlines() if line.startswith("grefcoco stats: ")]
+        assert "pip install 'grefcoco[plot]'" in line and not (tmp_path / "plots.png").exists()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import grefcoco
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -39,10 +41,12 @@ def test_top_level_of_the_wheel(wheel):
 def test_metadata_and_extras(wheel):
     name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
     metadata = message_from_bytes(wheel.read(name))
-    assert metadata["Name"] == "grefcoco"
-    assert set(metadata.get_all("Provides-Extra")) == {"model", "train", "demo", "test", "all"}
+    assert (metadata["Name"], metadata["Version"]) == ("grefcoco", grefcoco.__version__)
+    entry_points = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert "grefcoco = grefcoco_data.commands:main" in entry_points
+    assert set(metadata.get_all("Provides-Extra")) == {"plot", "model", "train", "demo", "test", "all"}
     core = [line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(core) == ["datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "pycocotools"]
+    assert sorted(core) == ["datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "pycocotools", "tqdm"]
 
 
 def test_house_rules():

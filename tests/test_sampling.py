@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 import grefcoco
 from demo.scenes import write_scenes
-from grefcoco_data import sampling
-from grefcoco_data.augmentation import Augmentation
-from grefcoco_data.sampling import StreamedBatches, TrainRows, donors
+from training import sampling
+from training.augmentation import Augmentation
+from training.sampling import StreamedBatches, TrainRows, donors
 
 COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
 COLUMNS += ["category_ids", "boxes", "masks", "mask", "objects"]

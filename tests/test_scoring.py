@@ -186,7 +186,10 @@ def checkpoint(request, tmp_path_factory) -> Path:
     """A model without training whose boxes pass the threshold, with its processor."""
     torch.manual_seed(0)
     if request.param == "rela":
-        model, processor = RelaModel(tiny_config(**INSTANCES)), tiny_processor({"height": 48, "width": 64})
+        model, processor = (
+            RelaModel(tiny_config(**INSTANCES, merge_instances=True)),
+            tiny_processor({"height": 48, "width": 64}),
+        )
         torch.nn.init.constant_(model.instance_chooser.relevance[-1].bias, 3.0)
     else:
         model, processor = MdetrModel(tiny_mdetr.tiny_config()), tiny_mdetr.tiny_processor()

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 import train
 from benchmarks.ablation import RECIPE, ROWS
-from grefcoco_data.sampling import SentenceBatchSampler
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
 from modeling.new_models import refuse_unknown, word_tokenizer
 from modeling.training_rela import parameter_groups
 from tests.tiny_training import ROOT, make_dataset, run, tiny
+from training.sampling import SentenceBatchSampler
 from training.schedule import rate_factor
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

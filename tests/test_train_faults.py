@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(dataset, tmp_path, flags, num
     killed = start_and(number, ["train.py", *tiny(dataset, part, **flags)], part, after="step-00000007")
     assert killed.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number], killed.stderr
     if number == signal.SIGTERM:
-        assert "--resume_from_checkpoint latest goes on from there" in killed.stdout
+        assert "--resume_from_checkpoint latest continues from there" in killed.stdout
     assert not (part / "checkpoint").exists(), "the run ended before it was killed"
     done = run("train.py", *tiny(dataset, part, **flags), "--resume_from_checkpoint", "latest", **alike)
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(dataset, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert "cannot write" in line and "step-00000006" in line and "make room" in line
+    assert "cannot write" in line and "step-00000006" in line and "free some disk space" in line
     assert "Traceback" not in done.stderr
     assert seal_fault(older) is None
     assert [path.name for path in older.parent.iterdir()] == [older.name]
@@ -154,11 +154,11 @@ def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(dataset, tmp_p
     flags = tiny(dataset, tmp_path / "out", max_train_steps=30, category_warmup_steps=0, eval_steps=100)
     assert train_here(*flags) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    named = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    named = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert metrics["train"]["skipped"] == len(named) >= 1
     assert all(str(rows[5]["sent_id"]) in line for line in named)
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
-    assert f"{len(named)} steps were left out" in (tmp_path / "out" / "report.md").read_text()
+    assert f"{len(named)} steps were skipped" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_diverged_run_stops_with_one_line(dataset, tmp_path, capsys):

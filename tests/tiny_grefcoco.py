@@ -1,20 +1,23 @@
-"""A tiny data set in the genuine format, made fresh for each test: every kind of segmentation, target and trouble."""
+"""A tiny data set in the genuine format, made for each test: every kind of segmentation and of target."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from grefcoco_data.collections import Collection
+
 WIDTH, HEIGHT = 64, 48
 SPLIT_OF = ["train"] * 7 + ["val", "val", "testA", "testB"]
 
 
 def write_genuine(folder: Path, num_train: int = 7) -> Path:
-    """Write grefs(unc).json, instances.json and train2014/ under `folder`: three sentences or more an image."""
+    """Write grefs(unc).json, instances.json and train2014/ under `folder`; each image has three sentences or more."""
     (folder / "train2014").mkdir(parents=True)
     splits = ["train"] * num_train + [split for split in SPLIT_OF if split != "train"]
     images = [image_record(100 + (len(splits) - number)) for number in range(len(splits))]
@@ -31,6 +34,34 @@ def write_genuine(folder: Path, num_train: int = 7) -> Path:
     categories = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 3, "name": "car"}]
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
     write_json(folder / "grefs(unc).json", refs)
+    return folder
+
+
+def write_family(folder: Path, collection: Collection) -> Path:
+    """Write the same images with the refs of another data set, as its own files hold them."""
+    write_genuine(folder)
+    if collection.name == "grefcoco":
+        return folder
+    refs = json.loads((folder / "grefs(unc).json").read_text())
+    for ref in refs:
+        del ref["no_target"]
+    if collection.single_target:
+        refs = [
+            ref | {"ann_id": ref["ann_id"][0], "category_id": ref["category_id"][0]}
+            for ref in refs
+            if len(ref["ann_id"]) == 1 and ref["ann_id"] != [-1]
+        ]
+    else:
+        kinds = {ref["ref_id"]: "many" if len(ref["ann_id"]) > 1 else "one" for ref in refs}
+        kinds |= {ref["ref_id"]: "zero" for ref in refs if ref["ann_id"] == [-1]}
+        refs = [ref | {"source": kinds[ref["ref_id"]]} for ref in refs]
+        for ref in refs:
+            if ref["source"] == "zero":  # the ids of these refs mean nothing
+                ref["ann_id"], ref["category_id"] = [ref["image_id"] * 10], [1]
+    (folder / "grefs(unc).json").unlink()
+    (folder / collection.dataset).mkdir()
+    (folder / "instances.json").rename(folder / collection.dataset / "instances.json")
+    (folder / collection.dataset / f"{collection.refs_stem}.p").write_bytes(pickle.dumps(refs, 2))
     return folder
 
 

@@ -61,6 +61,7 @@ class GrecMetric(evaluate.Metric):
     """The metric as `evaluate.load` gives it; `accumulator`, `average_precision` and `overlaps` come along."""
 
     accumulator: ClassVar[type[GrecAccumulator]] = GrecAccumulator
+    protocols = ("published", "mmdet")
     average_precision = staticmethod(average_precision)
     overlaps = staticmethod(overlaps)
     first_of_topk = staticmethod(first_of_topk)
