@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
         print(f"scoring {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -24,14 +23,15 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torch.nn.functional import interpolate
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
     AutoModelForZeroShotObjectDetection,
     AutoProcessor,
+    AutoTokenizer,
     BatchFeature,
     CLIPSegForImageSegmentation,
-    ProcessorMixin,
 )
 from transformers.image_transforms import center_to_corners_format
 from transformers.modeling_outputs import ModelOutput
@@ -72,8 +72,17 @@ class Peer:
 
     def __init__(self, checkpoint: str) -> None:
         self.model = self.auto.from_pretrained(checkpoint).eval().to(PartialState().device)
-        self.processor = _load_processor(checkpoint)
         self.origin = {"revision": revision(self.model)}
+        self.load_inputs(checkpoint)
+
+    def load_inputs(self, checkpoint: str) -> None:
+        """Load what makes the inputs. A processor as a whole may need torchvision where its parts do not."""
+        try:
+            self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{checkpoint}: its images are processed by torchvision, install it ({reason})") from None
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @torch.inference_mode()
     def __call__(self, rows: list[dict]) -> list[Answer]:
@@ -87,7 +96,7 @@ class Peer:
 
     def inputs(self, images: list[Image.Image], sentences: list[str], index: list[int]) -> dict[str, torch.Tensor]:
         """Model inputs of B sentences; `index` (B,) is the position of each one's image."""
-        pixels = self.processor.image_processor(images, return_tensors="pt")
+        pixels = self.image_processor(images, return_tensors="pt")
         pixels = {name: pixels[name][index] for name in ("pixel_values", "pixel_mask") if name in pixels}
         return pixels | self.tokens([self.words(sentence) for sentence in sentences])
 
@@ -96,7 +105,7 @@ class Peer:
         return sentence
 
     def tokens(self, sentences: list[str]) -> dict[str, torch.Tensor]:
-        return dict(self.processor.tokenizer(sentences, return_tensors="pt", **self.token_options))
+        return dict(self.tokenizer(sentences, return_tensors="pt", **self.token_options))
 
     def answers(self, inputs: dict[str, torch.Tensor], rows: list[dict]) -> list[Answer]:
         """The answers to B rows."""
@@ -121,13 +130,22 @@ class GroundingDino(Peer):
         super().__init__(checkpoint)
         self.token_options = {**self.token_options, "max_length": self.model.config.max_text_len}
 
+    def __call__(self, rows: list[dict]) -> list[Answer]:
+        """The answers to expression rows, an image at a time: padding to a common size would change the scores."""
+        index = group_by_image(rows)[1]
+        answers: dict[int, Answer] = {}
+        for image in sorted(set(index)):
+            places = [place for place, other in enumerate(index) if other == image]
+            answers |= zip(places, super().__call__([rows[place] for place in places]))
+        return [answers[place] for place in range(len(rows))]
+
     def words(self, sentence: str) -> str:
         # the network separates phrases at dots and question marks; a phrase ends with one dot
         return " ".join(sentence.lower().replace(".", " ").replace("?", " ").split()) + "."
 
     def detections(self, outputs: ModelOutput, rows: list[dict]) -> Detections:
         scores = outputs.logits.sigmoid().amax(-1)  # (B, queries, tokens) -> (B, queries)
-        return list(zip(_boxes_in_pixels(outputs.pred_boxes, rows), scores))
+        return list(zip(_boxes_in_pixels(outputs.pred_boxes, _sizes(rows)), scores))
 
 
 class Owl(Peer):
@@ -142,18 +160,21 @@ class Owl(Peer):
         self.token_options = {"padding": "max_length", "truncation": True, "max_length": length}
 
     def detections(self, outputs: ModelOutput, rows: list[dict]) -> Detections:
-        sizes = [(row["height"], row["width"]) for row in rows]
-        results = self.processor.post_process_grounded_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        return [(result["boxes"], result["scores"]) for result in results]
+        scores = outputs.logits.sigmoid().amax(-1)  # (B, patches, 1) -> (B, patches)
+        return list(zip(self.boxes(outputs.pred_boxes, rows), scores))
+
+    def boxes(self, boxes: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        """(B, n, 4) cxcywh, 0..1 of what the model gets, in pixels of the image."""
+        return _boxes_in_pixels(boxes, _sizes(rows))
 
 
 class Owlv2(Owl):
+    """OWLv2, which pads images to squares, on the right or below."""
+
     vision = "owlv2.vision_model"
 
-    def __init__(self, checkpoint: str) -> None:
-        if find_spec("scipy") is None:
-            raise ValueError(f"{checkpoint}: OWLv2 resizes images by scipy; install it with `pip install scipy`")
-        super().__init__(checkpoint)
+    def boxes(self, boxes: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        return _boxes_in_pixels(boxes, [(max(row["width"], row["height"]),) * 2 for row in rows])
 
 
 class OmdetTurbo(Peer):
@@ -171,7 +192,7 @@ class OmdetTurbo(Peer):
 
     def detections(self, outputs: ModelOutput, rows: list[dict]) -> Detections:
         scores = outputs.decoder_class_logits.sigmoid().amax(-1)  # (B, queries, 1) -> (B, queries)
-        boxes = _boxes_in_pixels(outputs.decoder_coord_logits, rows)
+        boxes = _boxes_in_pixels(outputs.decoder_coord_logits, _sizes(rows))
         return [_without_overlaps(*detection) for detection in zip(boxes, scores)]
 
 
@@ -224,8 +245,8 @@ class Writer(Peer):
     auto = AutoModelForImageTextToText
     image_token = ""  # before the request
 
-    def __init__(self, checkpoint: str) -> None:
-        super().__init__(checkpoint)
+    def load_inputs(self, checkpoint: str) -> None:
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.processor.tokenizer.padding_side = "left"
         self.origin |= {"grammar": self.grammar, "prompt": self.image_token + prompt(self.grammar, "{sentence}")}
 
@@ -281,7 +302,7 @@ class Segmenter:
 
     def __init__(self, checkpoint: str) -> None:
         self.model = AutoModelForMaskGeneration.from_pretrained(checkpoint).eval().to(PartialState().device)
-        self.processor = _load_processor(checkpoint)
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
@@ -398,10 +419,14 @@ def _best_boxes(boxes: torch.Tensor, scores: torch.Tensor, row: dict) -> tuple[l
     return boxes.round(2).tolist(), best.values.double().cpu().numpy().round(6).tolist()
 
 
-def _boxes_in_pixels(boxes: torch.Tensor, rows: list[dict]) -> torch.Tensor:
-    """(B, n, 4) cxcywh, 0..1, to x0, y0, x1, y1 in pixels of each image."""
-    sizes = torch.tensor([[row["width"], row["height"]] * 2 for row in rows], device=boxes.device)
-    return center_to_corners_format(boxes) * sizes[:, None]
+def _boxes_in_pixels(boxes: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """(B, n, 4) cxcywh, 0..1, to x0, y0, x1, y1 in pixels of images of B (width, height)."""
+    return center_to_corners_format(boxes) * torch.tensor(sizes, device=boxes.device).repeat(1, 2)[:, None]
+
+
+def _sizes(rows: list[dict]) -> list[tuple[int, int]]:
+    """(width, height) of the image of each row."""
+    return [(row["width"], row["height"]) for row in rows]
 
 
 def _without_overlaps(
@@ -435,13 +460,3 @@ def _prompts(boxes: np.ndarray) -> dict[str, list]:
     if (boxes[:, :2] == boxes[:, 2:]).all():
         return {"input_points": [[[box[:2].tolist()] for box in boxes]], "input_labels": [[[1]] * len(boxes)]}
     return {"input_boxes": [boxes.tolist()]}
-
-
-def _load_processor(checkpoint: str) -> ProcessorMixin:
-    try:
-        return AutoProcessor.from_pretrained(checkpoint)
-    except (ImportError, ValueError) as error:
-        if find_spec("torchvision"):
-            raise
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{checkpoint}: its processor needs torchvision, see pytorch.org ({reason})") from None

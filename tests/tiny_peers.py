@@ -1,0 +1,187 @@
+"""Models of other projects, tiny and random, saved as folders that the auto classes load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertTokenizerFast,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    GroundingDinoProcessor,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    OmDetTurboConfig,
+    OmDetTurboForObjectDetection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    Owlv2Processor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    OwlViTImageProcessorPil,
+    OwlViTProcessor,
+    PreTrainedTokenizerFast,
+    SamConfig,
+    SamImageProcessorPil,
+    SamModel,
+    SamProcessor,
+    ViTImageProcessorPil,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>/_ "
+SWIN = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+SWIN |= {"out_indices": [2, 3, 4], "image_size": 64}
+BLOCK = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+GROUNDING = {
+    "backbone_config": SWIN,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 20,
+    "num_feature_levels": 4,
+    "max_text_len": 64,
+}
+
+
+def save(folder: Path, family: str) -> Path:
+    """Save a tiny model of a family (a key of `MAKERS`) and its processor."""
+    torch.manual_seed(0)
+    for part in MAKERS[family]():  # the model, and its processor or the parts of it
+        part.save_pretrained(folder)
+    return folder
+
+
+def bert_tokenizer() -> BertTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS[:-1], *(f"##{letter}" for letter in LETTERS[:-1])]
+    return BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+
+
+def clip_tokenizer(length: int) -> CLIPTokenizer:
+    letters = [*LETTERS[:-1], *(f"{letter}</w>" for letter in LETTERS[:-1]), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", model_max_length=length)
+
+
+def byte_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFast:
+    """A token for each byte, and special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.add_tokens(special, special_tokens=True)
+    return fast
+
+
+def text_config(tokenizer: CLIPTokenizer, length: int) -> dict:
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return BLOCK | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": length, "pad_token_id": 0}
+
+
+def grounding(config: type, model: type) -> tuple:
+    tokenizer = bert_tokenizer()
+    text = BLOCK | {"model_type": "bert", "vocab_size": len(tokenizer)}
+    image_processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 100})
+    return model(config(**GROUNDING, text_config=text)), GroundingDinoProcessor(image_processor, tokenizer)
+
+
+def owl(config: type, model: type, image_processor: object, processor: type) -> tuple:
+    tokenizer = clip_tokenizer(16)
+    vision = BLOCK | {"image_size": 32, "patch_size": 8}
+    settings = config(text_config=text_config(tokenizer, 16), vision_config=vision, projection_dim=32)
+    return model(settings), processor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def omdet_turbo() -> tuple:
+    tokenizer = clip_tokenizer(77)
+    config = OmDetTurboConfig(
+        backbone_config=SWIN | {"out_indices": [2, 3, 4]},
+        text_config=text_config(tokenizer, 77) | {"model_type": "clip_text_model", "projection_dim": 32},
+        image_size=64,
+        text_projection_in_dim=32,
+        text_projection_out_dim=32,
+        task_encoder_hidden_dim=32,
+        class_embed_dim=32,
+        num_queries=30,
+        encoder_hidden_dim=32,
+        vision_features_channels=[32, 32, 32],
+        encoder_in_channels=[32, 64, 128],
+        encoder_attention_heads=2,
+        encoder_dim_feedforward=32,
+        decoder_hidden_dim=32,
+        decoder_num_heads=2,
+        decoder_num_layers=1,
+        decoder_dim_feedforward=32,
+    )
+    image_processor = GroundingDinoImageProcessorPil(size={"height": 64, "width": 64}, do_pad=False)
+    return OmDetTurboForObjectDetection(config), image_processor, tokenizer
+
+
+def clipseg() -> tuple:
+    tokenizer = clip_tokenizer(77)
+    vision = BLOCK | {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
+    config = CLIPSegConfig(
+        text_config=text_config(tokenizer, 77),
+        vision_config=vision,
+        projection_dim=32,
+        extract_layers=[0, 1, 2],
+        reduce_dim=16,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )
+    image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return CLIPSegForImageSegmentation(config), CLIPSegProcessor(image_processor, tokenizer)
+
+
+def sam() -> tuple:
+    vision = {
+        "hidden_size": 32,
+        "output_channels": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+    }
+    vision |= {"patch_size": 16, "mlp_dim": 32, "global_attn_indexes": [0], "window_size": 2, "num_pos_feats": 16}
+    decoder = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 32,
+        "iou_head_hidden_dim": 32,
+    }
+    prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    sizes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    sizes |= {"mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
+    return SamModel(config), SamProcessor(SamImageProcessorPil(**sizes))
+
+
+MAKERS: dict[str, Callable[[], tuple]] = {
+    "grounding-dino": lambda: grounding(GroundingDinoConfig, GroundingDinoForObjectDetection),
+    "mm-grounding-dino": lambda: grounding(MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
+    "owlvit": lambda: owl(
+        OwlViTConfig,
+        OwlViTForObjectDetection,
+        OwlViTImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}),
+        OwlViTProcessor,
+    ),
+    "owlv2": lambda: owl(
+        Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), Owlv2Processor
+    ),
+    "omdet-turbo": omdet_turbo,
+    "clipseg": clipseg,
+    "sam": sam,
+}
