@@ -21,7 +21,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -269,8 +269,25 @@ class Florence2(Writer):
 
 
 class Kosmos2(Writer):
+    """Kosmos-2, a sentence at a time: it counts padding as positions when it generates."""
+
     grammar = "kosmos2"
-    vision = "vision_model"
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[dict]) -> list[Answer]:
+        first_rows, index = group_by_image(rows)
+        images = [row["image"].convert("RGB") for row in first_rows]
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features = self.model.vision_model(pixels.to(self.model.device))[0]
+        features = normalize(self.model.vision_model.model.post_layernorm(features), dim=-1)
+        embeddings = self.model.image_to_text_projection(features)[0]
+        answers = []
+        for row, image in zip(rows, index):
+            inputs = send_to_device(self.inputs(images, [row["sentence"]], [image]), self.model.device)
+            inputs["image_embeds"] = embeddings[image : image + 1]
+            del inputs["pixel_values"]
+            answers += self.answers(inputs, [row])
+        return answers
 
 
 class PaliGemma(Writer):
