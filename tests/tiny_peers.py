@@ -118,7 +118,7 @@ def grounding(config: type, model: type) -> tuple:
 
 def owl(config: type, model: type, image_processor: object, processor: type) -> tuple:
     tokenizer = clip_tokenizer(16)
-    vision = BLOCK | {"image_size": 32, "patch_size": 8}
+    vision = BLOCK | {"image_size": 64, "patch_size": 16}
     settings = config(text_config=text_config(tokenizer, 16), vision_config=vision, projection_dim=32)
     return model(settings), processor(image_processor=image_processor, tokenizer=tokenizer)
 
@@ -263,11 +263,11 @@ MAKERS: dict[str, Callable[[], tuple]] = {
     "owlvit": lambda: owl(
         OwlViTConfig,
         OwlViTForObjectDetection,
-        OwlViTImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}),
+        OwlViTImageProcessorPil(size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64}),
         OwlViTProcessor,
     ),
-    "owlv2": lambda: owl(
-        Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), Owlv2Processor
+    "owlv2": lambda: owl(  # resizing needs scipy, so images have a side of 64
+        Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessorPil(do_resize=False), Owlv2Processor
     ),
     "omdet-turbo": omdet_turbo,
     "clipseg": clipseg,
