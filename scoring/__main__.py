@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError
 
 import grefcoco
@@ -33,7 +32,7 @@ from scoring.endpoint import Endpoint
 from scoring.grammars import GRAMMARS
 from scoring.measurement import COLUMNS, GREC, GRES, Measurement, batches, box_reference
 from scoring.peers import Segmented, Segmenter, load_peer
-from scoring.prediction import OwnModel, Predictor, read_origin, reparse, write_answers
+from scoring.prediction import OwnModel, Predictor, processes, read_origin, reparse, write_answers
 from scoring.table import csv_text, draw, markdown, table_rows
 from training.families import FAMILIES, load_checkpoint, model_type_of
 
@@ -126,7 +125,7 @@ def _predict(options: argparse.Namespace) -> None:
     names = ("checkpoint", "dataset", "config", "split", "sentences", "segmenter", "seen")
     origin = {name: getattr(options, name) for name in names} | {"batch_size": batch_size}
     origin = write_answers(predictor, rows, options.out, batch_size, origin)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(f"{options.out}: the answers to {len(rows):,} sentences{_outcomes(origin)}")
 
 

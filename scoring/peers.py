@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import recursively_apply, send_to_device
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -40,7 +39,7 @@ from grefcoco_data.masks import empty_rle, encode_mask
 from modeling.referring_processor import group_by_image
 from scoring.answers import Answer, read_text
 from scoring.grammars import prompt
-from scoring.prediction import Predictor, revision
+from scoring.prediction import Predictor, processes, revision
 
 MOST_BOXES = 100  # of a sentence
 NEW_TOKENS = 256
@@ -71,9 +70,9 @@ class Peer:
     columns: ClassVar[list[str]] = ["image", "image_id", "width", "height", "sent_id", "sentence"]
 
     def __init__(self, checkpoint: str) -> None:
-        self.model = self.auto.from_pretrained(checkpoint).eval().to(PartialState().device)
-        self.origin = {"revision": revision(self.model)}
         self.load_inputs(checkpoint)
+        self.model = self.auto.from_pretrained(checkpoint).eval().to(processes().device)
+        self.origin: dict[str, object] = {"revision": revision(self.model)}
 
     def load_inputs(self, checkpoint: str) -> None:
         """Load what makes the inputs. A processor as a whole may need torchvision where its parts do not."""
@@ -243,12 +242,16 @@ class Writer(Peer):
     """A language model of transformers that writes boxes in its own grammar, by greedy decoding."""
 
     auto = AutoModelForImageTextToText
-    image_token = ""  # before the request
+    image_token: ClassVar[str] = ""  # before the request
+    padding_side: ClassVar[str] = "left"  # the answer goes on where the request ends
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self.origin |= {"grammar": self.grammar, "prompt": self.image_token + prompt(self.grammar, "{sentence}")}
 
     def load_inputs(self, checkpoint: str) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.processor.tokenizer.padding_side = "left"
-        self.origin |= {"grammar": self.grammar, "prompt": self.image_token + prompt(self.grammar, "{sentence}")}
+        self.processor.tokenizer.padding_side = self.padding_side
 
     def inputs(self, images: list[Image.Image], sentences: list[str], index: list[int]) -> BatchFeature:
         texts = [self.image_token + prompt(self.grammar, sentence) for sentence in sentences]
@@ -266,6 +269,7 @@ class Writer(Peer):
 class Florence2(Writer):
     grammar = "florence2"
     vision = "model.vision_tower"
+    padding_side = "right"  # of its encoder, which counts positions from the left
 
 
 class Kosmos2(Writer):
@@ -318,7 +322,7 @@ class Segmenter:
     """
 
     def __init__(self, checkpoint: str) -> None:
-        self.model = AutoModelForMaskGeneration.from_pretrained(checkpoint).eval().to(PartialState().device)
+        self.model = AutoModelForMaskGeneration.from_pretrained(checkpoint).eval().to(processes().device)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
 
     @torch.inference_mode()

@@ -47,7 +47,7 @@ class OwnModel:
     """A model of this project as a `Predictor`."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-        self.model, self.processor = model.eval().to(PartialState().device), processor
+        self.model, self.processor = model.eval().to(processes().device), processor
         self.columns = processor.columns(training=False)
         self.collate = processor.collator(model.config)
         self.origin = {"revision": revision(model)}
@@ -57,6 +57,11 @@ class OwnModel:
         batch = send_to_device(self.collate(rows), self.model.device)
         batch.pop("labels")
         return answers_of(self.processor, self.model(**batch), rows)
+
+
+def processes() -> PartialState:
+    """The processes of this run and the device of each; without an accelerator they share the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def revision(model: PreTrainedModel) -> str | None:
@@ -78,7 +83,7 @@ def write_answers(predictor: Predictor, rows: datasets.Dataset, out: Path, batch
     Raises:
         ValueError: `out` was begun with another origin, or answers other sentences.
     """
-    state = PartialState()
+    state = processes()
     origin = {**origin, **predictor.origin, "versions": {name: version(name) for name in PACKAGES}}
     own_part = _part(out, state.process_index)
     with state.main_process_first():

@@ -1,4 +1,4 @@
-"""Grammars: truth written and read in each, the three outcomes, cut-off answers, equality with transformers' readers."""
+"""Grammars: truth written and read in each, three outcomes, cut-off answers, equality with transformers' readers."""
 
 import random
 

@@ -21,7 +21,7 @@ from scoring.answers import Answer
 from scoring.peers import FAMILIES, Segmented, Segmenter, load_peer, once_per_image
 from tests import tiny_peers
 from tests.tiny_grefcoco import write_genuine
-from tests.tiny_training import ROOT
+from tests.tiny_training import ROOT, train_here
 
 SENTENCES = ["red cat", "the man no. 5, on the left side of all the others? that are really there", "a"]
 SIZES = [(64, 48), (40, 64)]
@@ -104,7 +104,7 @@ def test_more_boxes_than_a_hundred_are_left_out(family, monkeypatch):
         pytest.skip("no box head")
     whole = family[2](rows()[:1])[0]
     monkeypatch.setattr(peers, "MOST_BOXES", 3)
-    assert family[2](rows()[:1])[0].boxes == whole.boxes[:3]
+    assert len(family[2](rows()[:1])[0].boxes) == 3 and family[2](rows()[:1])[0].scores == whole.scores[:3]
 
 
 def test_an_image_is_looked_at_once_for_its_sentences(family):
@@ -138,7 +138,7 @@ def test_scores_and_boxes_are_those_of_the_familys_own_processor(name, tmp_path)
         outputs = predictor.model(**inputs)
     cut = {"text_threshold": 0.0, "input_ids": inputs["input_ids"]} if name == "grounding-dino" else {}
     sizes = [(row["height"], row["width"])]
-    theirs = processor.post_process_grounded_object_detection(outputs, threshold=0.0, target_sizes=sizes, **cut)[0]
+    theirs = processor.post_process_grounded_object_detection(outputs, threshold=-1.0, target_sizes=sizes, **cut)[0]
     order = theirs["scores"].argsort(descending=True)
     answer = predictor([row])[0]
     np.testing.assert_allclose(answer.scores, theirs["scores"][order], atol=1e-5)
@@ -153,10 +153,11 @@ def test_sentences_are_one_phrase_of_grounding_dino(tmp_path):
 
 def test_sam3_scores_with_presence(tmp_path):
     predictor = load_peer(str(tiny_peers.save(tmp_path, "sam3")), "sam3")
-    torch.nn.init.constant_(predictor.model.detr_decoder.presence_head.layer3.bias, -30.0)
+    torch.nn.init.constant_(predictor.model.detr_decoder.presence_head.layer3.weight, 0.0)
+    torch.nn.init.constant_(predictor.model.detr_decoder.presence_head.layer3.bias, -10.0)
     assert isinstance(predictor.model, Sam3Model)
     answer = predictor(rows()[:1])[0]
-    assert max(answer.scores) < 1e-6 and answer.no_target == pytest.approx(1)
+    assert max(answer.scores) < 1e-4 and answer.no_target == pytest.approx(1, abs=1e-4)
 
 
 def test_overlapping_boxes_of_omdet_are_left_out(tmp_path):
@@ -228,6 +229,7 @@ def test_any_model_is_one_command_from_its_scores(dataset, tmp_path, capsys):
     assert "always empty" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(dataset, tmp_path):
     model = tiny_peers.save(tmp_path / "clipseg", "clipseg")
     command = ["predict", str(model), str(dataset), "--split", "train", "--batch-size", "4", "--out"]
@@ -250,13 +252,13 @@ def test_models_that_no_class_loads_are_one_line(dataset, tmp_path, capsys):
     assert "needs --model and --grammar" in capsys.readouterr().err
 
 
-def test_train_py_names_the_command_for_other_models(dataset, tmp_path):
-    from tests.tiny_training import train_here
-
+def test_train_py_names_the_command_for_other_models(dataset, tmp_path, capsys):
     tiny_peers.save(tmp_path / "model", "grounding-dino")
     flags = ["--eval_only", "--checkpoint", tmp_path / "model", "--dataset", dataset, "--report_to", "none"]
-    with pytest.raises(ValueError, match=r"grounding-dino model, not one of rela, mdetr: measure it with `python -m"):
-        train_here(*flags, "--output_dir", tmp_path / "out")
+    capsys.readouterr()
+    assert train_here(*flags, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is a grounding-dino model, not one of rela, mdetr: measure it with `python -m scoring predict`" in error
 
 
 def test_a_missing_library_is_one_line(dataset, tmp_path, capsys):
@@ -265,11 +267,12 @@ def test_a_missing_library_is_one_line(dataset, tmp_path, capsys):
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / "sam3" / name).unlink(missing_ok=True)
     (tmp_path / "sam3" / "preprocessor_config.json").write_text(json.dumps(kind))
+    capsys.readouterr()
     if find_spec("torchvision") is None:
         data = [str(dataset), "--split", "val", "--out", str(tmp_path / "a.jsonl")]
         assert main(["predict", str(tmp_path / "sam3"), *data]) == 2
         error = capsys.readouterr().err
-        assert "torchvision" in error and error.rstrip().count("\n") == 0
+        assert error.startswith("scoring predict: ") and "torchvision" in error and error.count("\n") == 1
 
 
 def test_auto_model_would_drop_the_head(tmp_path):
