@@ -58,8 +58,9 @@ class MaskIou:
         self.segmenter = segmenter
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns: Sequence) -> list[float]:
-        answers = _read(completions, columns)
-        return [self._iou(answer, {name: columns[name][i] for name in columns}) for i, answer in enumerate(answers)]
+        names = ("no_target", "boxes", "mask", "images", "width", "height")
+        rows = [dict(zip(names, values)) for values in zip(*(columns[name] for name in names))]
+        return [self._iou(answer, row) for answer, row in zip(_read(completions, columns), rows, strict=True)]
 
     def _iou(self, answer: Parsed, row: dict) -> float:
         if row["no_target"] or answer.outcome != "boxes":

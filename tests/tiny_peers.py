@@ -24,6 +24,9 @@ from transformers import (
     Kosmos2Config,
     Kosmos2ForConditionalGeneration,
     Kosmos2Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
     OmDetTurboConfig,
@@ -53,6 +56,11 @@ from transformers import (
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>/_ "
 SWIN = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
 SWIN |= {"out_indices": [2, 3, 4], "image_size": 64}
+CHAT = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}\n{% endfor %}"
+)
 BLOCK = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GROUNDING = {
     "backbone_config": SWIN,
@@ -229,6 +237,23 @@ def paligemma() -> tuple:
     return PaliGemmaForConditionalGeneration(config), processor
 
 
+def llava() -> tuple:
+    """For TRL: a chat model whose processor needs no torchvision and takes text alone."""
+    tokenizer = byte_tokenizer([], extra_special_tokens={"image_token": "<image>"})
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    vision = BLOCK | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, "num_hidden_layers": 2}
+    text = BLOCK | ids(tokenizer) | {"model_type": "llama", "num_key_value_heads": 2}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.image_token_id)
+    return LlavaForConditionalGeneration(config), processor
+
+
 def ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
@@ -276,4 +301,5 @@ MAKERS: dict[str, Callable[[], tuple]] = {
     "kosmos-2": kosmos2,
     "paligemma": paligemma,
     "sam": sam,
+    "llava": llava,
 }
