@@ -1,7 +1,7 @@
 """One-to-one matching of predicted and true boxes, for many sentences at once, as the published evaluator does it.
 
-Each step takes the pair that overlaps most and sets its row and column to 0, until the best remaining pair is below the
-threshold. Arithmetic is float32 throughout, as in the published code.
+Each step takes the pair that overlaps most and sets its row and column to 0, until the best remaining pair is below
+the threshold. Arithmetic is float32 throughout, as in the published code.
 """
 
 from __future__ import annotations

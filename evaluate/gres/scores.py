@@ -84,7 +84,8 @@ class Protocol:
 RELA = Protocol("henghuiding/ReLA@3ca9551 gres_model/evaluation/refer_evaluation.py:14-232")
 LISA = Protocol(
     "dvlab-research/LISA@3cb2d43 train_ds.py:523-577; "
-    "bytedance/Sa2VA@9832e1a projects/sa2va/evaluation/dataset/RES.py:218-285, also SAMTok; mc-lan/Text4Seg@d6540b6 ms-swift/text4seg/eval_refer_seg.py:14-102",
+    "bytedance/Sa2VA@9832e1a projects/sa2va/evaluation/dataset/RES.py:218-285, also SAMTok; "
+    "mc-lan/Text4Seg@d6540b6 ms-swift/text4seg/eval_refer_seg.py:14-102",
     resolution="original",
     none_rule="mask",
     threshold=None,
