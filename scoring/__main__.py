@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("answers", type=Path, help="JSON lines, one a sentence; see scoring/answers.py")
     _add_data(add)
     add.add_argument(
-        "--compat", help=f"evaluator to follow. GRES: {', '.join(GRES.protocols)}. GREC: {', '.join(GREC.modes)}"
+        "--compat", help=f"evaluator to follow. GRES: {', '.join(GRES.modes)}. GREC: {', '.join(GREC.modes)}"
     )
     add.add_argument("--resolution", type=_resolution, help='of masks: "original" or the side of a square in pixels')
     add.add_argument("--threshold", type=float, help="no-target probability above which a sentence is rejected")
@@ -205,14 +205,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--threshold-from and --threshold-split belong together")
     if options.threshold is not None and options.threshold_from:
         raise ValueError("--threshold and --threshold-from exclude each other")
-    if options.compat and options.compat not in {*GRES.protocols, *GREC.modes}:
-        names = f"GRES has {', '.join(GRES.protocols)}; GREC has {', '.join(GREC.modes)}"
+    if options.compat and options.compat not in {*GRES.modes, *GREC.modes}:
+        names = f"GRES has {', '.join(GRES.modes)}; GREC has {', '.join(GREC.modes)}"
         raise ValueError(f"--compat is {options.compat!r}; {names}")
 
 
 def _measure(options: argparse.Namespace, path: Path, split: str) -> Measurement:
     """The accumulators of a file of answers; each task follows `--compat` where it knows that evaluator."""
-    gres = {"compat": options.compat} if options.compat in GRES.protocols else {}
+    gres = {"compat": options.compat} if options.compat in GRES.modes else {}
     grec = {"compat": options.compat} if options.compat in GREC.modes else {}
     grec |= {name: getattr(options, name) for name in ("thresh_score", "thresh_iou", "thresh_F1")}
     grec |= {name: getattr(options, name) for name in ("iou", "batch_size") if getattr(options, name) is not None}
