@@ -1,4 +1,4 @@
-"""Speed of the data set, beside plain ways of doing the same and beside the limit of the machine.
+"""Speed of the data set, compared with plain ways of doing the same and with the limit of the machine.
 
     python benchmarks/data.py --generator GENERATOR --work DIR [--original grefer.py]
 
@@ -80,8 +80,8 @@ Measure = tuple[float, float, object]  # CPU seconds, peak GB, what the function
 
 
 def compare(name: str, ours: tuple, plain: tuple | None, limit: tuple) -> None:
-    beside = f"{plain[0]:.2f} | {plain[0] / ours[0]:.1f}x" if plain else " | "
-    print(f"| {name} | {ours[0]:.2f} | {beside} | {limit[0]:.2f} |", flush=True)
+    columns = f"{plain[0]:.2f} | {plain[0] / ours[0]:.1f}x" if plain else " | "
+    print(f"| {name} | {ours[0]:.2f} | {columns} | {limit[0]:.2f} |", flush=True)
 
 
 def apart(function: Callable, *arguments: object) -> Measure:

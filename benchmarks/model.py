@@ -1,9 +1,9 @@
-"""Speed of ReLA beside the original code and its own plain forms: `python -m benchmarks.model --original FOLDER`.
+"""Measure the speed of ReLA against the original code: `python -m benchmarks.model --original FOLDER`.
 
-Swin-B at 480 x 480 with random weights, one thread, processor time, the two sides alternating in one process and their
-outputs compared. Without the original's folder its rows are left out. `--compile` adds torch.compile, which takes
-minutes; `--only WORD` keeps the rows whose name has the word. On a CUDA machine the rows are throughput, memory and
-the share of the chip's measured bf16 rate instead.
+Swin-B at 480 x 480 with random weights, one thread, CPU time. The two sides of a comparison alternate in one process,
+and their outputs are compared. Without `--original`, the rows that need the original code are skipped. `--compile`
+adds torch.compile, which takes minutes. `--only WORD` selects the rows whose name contains the word. On a CUDA machine
+the rows are throughput, memory and the fraction of the measured bf16 rate instead.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GIGAFLOP = {"forward": 262.6, "forward and backward": 771.7}  # Swin-B, one imag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--original", type=Path, help="checkout of the original ReLA repository")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the best counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the minimum is reported")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     options = parser.parse_args()
@@ -46,48 +46,47 @@ def main() -> None:
 
 
 def measure_cpu(model: RelaModel, original: OriginalRela | None, options: argparse.Namespace) -> None:
-    """Print one Markdown row per comparison: what, before, after, ratio, largest difference."""
-    inputs, repeats = made_inputs(1, 1), options.repeats
+    """Print one Markdown row per comparison: name, seconds before and here, ratio, largest difference."""
+    inputs, repeats = random_inputs(1, 1), options.repeats
     side = "eager" if original is None else "original"
-    before = masks(model, inputs) if original is None else lambda: original(**inputs)["pred_masks"]
+    before = mask_call(model, inputs) if original is None else lambda: original(**inputs)["pred_masks"]
 
     def compiled(runner: RelaModel) -> Callable[[], torch.Tensor]:
-        return masks(torch.compile(runner, fullgraph=True), inputs)
+        return mask_call(torch.compile(runner, fullgraph=True), inputs)
 
-    # Each entry makes its two sides only when it is wanted.
+    # Lazy: only the selected comparisons create their models and inputs.
     comparisons = {
         "region decoder: original / here": lambda: region_decoders(original, model, inputs),
-        "whole forward, fp32: original / here": lambda: (before, masks(model, inputs)),
+        "whole forward, fp32: original / here": lambda: (before, mask_call(model, inputs)),
         "deformable core: transformers' grid_sample / here": deformable_cores,
         "14 sentences on one image: one by one / together": lambda: shared_image(model),
-        f"bf16, fragile parts fp32: {side} fp32 / here": lambda: (before, masks(half_precision(model), inputs)),
-        "a matrix product, the limit of bf16: fp32 / bf16": matrix_products,
+        f"bf16, sensitive parts in fp32: {side} fp32 / here": lambda: (before, mask_call(bf16_copy(model), inputs)),
+        "one matrix product, the limit of bf16: fp32 / bf16": matrix_products,
         f"compiled, fp32: {side} / here": lambda: (before, compiled(model)),
-        f"compiled, bf16: {side} fp32 / here": lambda: (before, compiled(half_precision(model))),
+        f"compiled, bf16: {side} fp32 / here": lambda: (before, compiled(bf16_copy(model))),
     }
-    print("| what | before, s | here, s | ratio | difference |\n|---|---|---|---|---|")
+    print("| comparison | before, s | here, s | ratio | difference |\n|---|---|---|---|---|")
     for name, sides in comparisons.items():
-        possible = (original or "original / " not in name) and (options.compile or "compiled" not in name)
-        if possible and options.only in name:
-            row(name, *sides(), repeats)
-    a, b = matrix_sides()
-    rate = 2 * len(a) ** 3 / processor_seconds(lambda: nn.functional.linear(a, b), repeats)
+        available = (original or "original / " not in name) and (options.compile or "compiled" not in name)
+        if available and options.only in name:
+            print_row(name, *sides(), repeats)
+    a, b = random_matrices()
+    rate = 2 * len(a) ** 3 / cpu_seconds(lambda: nn.functional.linear(a, b), repeats)
     work = GIGAFLOP["forward"]
-    print(
-        f"\nThe forward's {work} GFLOP at the {rate / 1e9:.0f} GFLOP/s of an fp32 product: {work * 1e9 / rate:.2f} s"
-    )
+    seconds = work * 1e9 / rate
+    print(f"\nForward pass: {work} GFLOP; at the {rate / 1e9:.0f} GFLOP/s of an fp32 product: {seconds:.2f} s")
 
 
 def measure_gpu(model: RelaModel, compiled: bool, repeats: int) -> None:
-    """Print throughput, peak memory and share of the measured bf16 rate, of inference and training."""
+    """Print throughput, peak memory and fraction of the measured bf16 rate for inference and training."""
     model.cuda()
     rate = bf16_rate()
     print(f"measured bf16 rate: {rate / 1e12:.0f} TFLOP/s")
-    print("| what | images/s | peak GiB | share of the rate |\n|---|---|---|---|")
-    kinds = [("eager", model)] + ([("compiled", torch.compile(model))] if compiled else [])
-    for kind, runner in kinds:
+    print("| pass | images/s | peak GiB | fraction of the rate |\n|---|---|---|---|")
+    runners = [("eager", model)] + ([("compiled", torch.compile(model))] if compiled else [])
+    for name, runner in runners:
         for work, batch in (("forward", 32), ("forward and backward", 16)):
-            inputs = {name: value.cuda() for name, value in made_inputs(batch, batch).items()}
+            inputs = {key: value.cuda() for key, value in random_inputs(batch, batch).items()}
             labels = {"masks": torch.zeros(batch, SIDE, SIDE).cuda(), "no_target": torch.zeros(batch).cuda()}
             labels = labels if work != "forward" else None
 
@@ -100,12 +99,12 @@ def measure_gpu(model: RelaModel, compiled: bool, repeats: int) -> None:
             torch.cuda.reset_peak_memory_stats()
             seconds = cuda_seconds(step, repeats)
             memory = torch.cuda.max_memory_allocated() / 2**30
-            share = GIGAFLOP[work] * 1e9 * batch / seconds / rate
-            print(f"| {kind} {work}, batch {batch} | {batch / seconds:.1f} | {memory:.1f} | {share:.1%} |")
+            fraction = GIGAFLOP[work] * 1e9 * batch / seconds / rate
+            print(f"| {name} {work}, batch {batch} | {batch / seconds:.1f} | {memory:.1f} | {fraction:.1%} |")
 
 
 def region_decoders(original: OriginalRela, model: RelaModel, inputs: dict) -> tuple[Callable, Callable]:
-    """Both region decoders on the same memory."""
+    """Return both region decoders on the same features."""
     output = model(**inputs, output_hidden_states=True)
     levels, features, text = list(output.pixel_hidden_states), output.mask_features, output.text_hidden_state
     words = text.permute(0, 2, 1)
@@ -116,51 +115,54 @@ def region_decoders(original: OriginalRela, model: RelaModel, inputs: dict) -> t
 
 
 def deformable_cores() -> tuple[Callable, Callable]:
-    """Both sampling kernels at the sizes of a 480 x 480 image."""
+    """Return both sampling functions at the sizes of a 480 x 480 image."""
     shapes = [(15, 15), (30, 30), (60, 60)]
-    sides = torch.tensor([(width, height) for height, width in shapes])
+    sizes = torch.tensor([(width, height) for height, width in shapes])  # (levels, 2)
     values = torch.randn(1, sum(h * w for h, w in shapes), 8, 32)
-    places = pixel_centres(shapes, values)[:, None, None, None] * sides[:, None] - 0.5
-    places = places + 2 * torch.randn(1, values.shape[1], 8, 3, 4, 2)
+    points = pixel_centres(shapes, values)[:, None, None, None] * sizes[:, None] - 0.5
+    points = points + 2 * torch.randn(1, values.shape[1], 8, 3, 4, 2)
     weights = torch.rand(1, values.shape[1], 8, 3, 4).flatten(3).softmax(-1).unflatten(-1, (3, 4))
-    stock, locations, shapes_tensor = MultiScaleDeformableAttention(), (places + 0.5) / sides[:, None], sides.flip(1)
+    transformers_core, shapes_tensor = MultiScaleDeformableAttention(), sizes.flip(1)
+    locations = (points + 0.5) / sizes[:, None]
     return (
-        lambda: stock(values, shapes_tensor, shapes, None, locations, weights, 64),
-        lambda: gather_points(values, shapes, places, weights).flatten(2),
+        lambda: transformers_core(values, shapes_tensor, shapes, None, locations, weights, 64),
+        lambda: gather_points(values, shapes, points, weights).flatten(2),
     )
 
 
 def shared_image(model: RelaModel) -> tuple[Callable, Callable]:
-    """Fourteen sentences about one image: one call each, or one call."""
-    inputs = made_inputs(1, SENTENCES)
+    """Return two ways to run fourteen sentences on one image: one call per sentence, and one call for all."""
+    inputs = random_inputs(1, SENTENCES)
     texts = [(inputs["input_ids"][i : i + 1], inputs["attention_mask"][i : i + 1]) for i in range(SENTENCES)]
     together = {**inputs, "image_index": torch.zeros(SENTENCES, dtype=torch.long)}
-    return lambda: torch.cat([model(inputs["pixel_values"], *text).pred_masks for text in texts]), masks(
-        model, together
-    )
+
+    def one_by_one() -> torch.Tensor:
+        return torch.cat([model(inputs["pixel_values"], *text).pred_masks for text in texts])
+
+    return one_by_one, mask_call(model, together)
 
 
-def matrix_sides(size: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
+def random_matrices(size: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(size, size), torch.randn(size, size)
 
 
 def matrix_products() -> tuple[Callable, Callable]:
-    """The same product in both types: no model gains more from bf16 than its products do."""
-    a, b = matrix_sides()
+    """Return the same product in fp32 and bf16: its ratio is the upper limit of any gain from bf16."""
+    a, b = random_matrices()
     c, d = a.bfloat16(), b.bfloat16()
     return lambda: nn.functional.linear(a, b), lambda: nn.functional.linear(c, d)
 
 
-def half_precision(model: RelaModel) -> RelaModel:
-    """A bf16 copy whose fragile parts stay in fp32, as `from_pretrained(dtype=torch.bfloat16)` gives."""
-    half = RelaModel(model.config).to(torch.bfloat16)
-    for part in (half.text_encoder, half.pixel_decoder, half.region_decoder.heads):
+def bf16_copy(model: RelaModel) -> RelaModel:
+    """Return a bf16 copy with sensitive parts in fp32, as `from_pretrained(dtype=torch.bfloat16)` does."""
+    copy = RelaModel(model.config).to(torch.bfloat16)
+    for part in (copy.text_encoder, copy.pixel_decoder, copy.region_decoder.heads):
         part.float()
-    half.load_state_dict(model.state_dict())
-    return half.eval()
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
 
 
-def made_inputs(images: int, sentences: int) -> dict[str, torch.Tensor]:
+def random_inputs(images: int, sentences: int) -> dict[str, torch.Tensor]:
     attention_mask = torch.ones(sentences, TOKENS, dtype=torch.long)
     attention_mask[:, 12:] = 0
     return {
@@ -170,22 +172,25 @@ def made_inputs(images: int, sentences: int) -> dict[str, torch.Tensor]:
     }
 
 
-def masks(model: RelaModel, inputs: dict) -> Callable[[], torch.Tensor]:
+def mask_call(model: RelaModel, inputs: dict) -> Callable[[], torch.Tensor]:
+    """Return a function without arguments that computes the masks of `inputs`."""
     return lambda: model(**inputs).pred_masks
 
 
-def row(what: str, before: Callable, after: Callable, repeats: int) -> None:
-    """Alternate the two sides, print the best of each and how far their outputs differ, relative to the largest."""
-    expected, found = before(), after()
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    slow = fast = float("inf")
+def print_row(name: str, before: Callable, after: Callable, repeats: int) -> None:
+    """Run the two sides in turn; print the minimum times and the largest difference of the outputs (relative)."""
+    expected, actual = before(), after()
+    difference = ((actual - expected).abs().max() / expected.abs().max()).item()
+    seconds_before = seconds_after = float("inf")
     for _ in range(repeats):
-        slow, fast = min(slow, processor_seconds(before)), min(fast, processor_seconds(after))
-    print(f"| {what} | {slow:.3f} | {fast:.3f} | {slow / fast:.2f} | {difference:.0e} |", flush=True)
+        seconds_before = min(seconds_before, cpu_seconds(before))
+        seconds_after = min(seconds_after, cpu_seconds(after))
+    ratio = seconds_before / seconds_after
+    print(f"| {name} | {seconds_before:.3f} | {seconds_after:.3f} | {ratio:.2f} | {difference:.0e} |", flush=True)
 
 
-def processor_seconds(function: Callable[[], object], repeats: int = 1) -> float:
-    """The best of a number of calls."""
+def cpu_seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """Return the minimum CPU time of a call over `repeats` calls."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -195,13 +200,13 @@ def processor_seconds(function: Callable[[], object], repeats: int = 1) -> float
 
 
 def bf16_rate(size: int = 8192) -> float:
-    """FLOP/s of a large bf16 matrix product on this GPU."""
+    """Measure the FLOP/s of a large bf16 matrix product on this GPU."""
     a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     return 2 * size**3 / cuda_seconds(lambda: a @ a, 20)
 
 
 def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Mean time of a call, after three to warm up."""
+    """Return the mean time of a call, after three warm-up calls."""
     for _ in range(3):
         function()
     torch.cuda.synchronize()

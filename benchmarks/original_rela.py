@@ -1,6 +1,7 @@
-"""The original ReLA network, assembled from its own source files without detectron2, fvcore, timm or a compiled op.
+"""The original ReLA network from its own source files, without detectron2, fvcore, timm or a compiled operator.
 
-Only what those libraries lend to the three files is stood in for; every forward pass is the original's own code.
+This module replaces only the few functions and classes that the three files import from those libraries. Every forward
+pass is the original code.
 """
 
 import importlib
@@ -15,19 +16,19 @@ from transformers import BertConfig, BertModel
 
 
 class OriginalRela(nn.Module):
-    """Swin-B ReLA as published, parameters named as in its checkpoints.
+    """Swin-B ReLA as published, with the parameter names of its checkpoints.
 
     Args:
-        source: the original repository's folder.
+        source: folder of the original repository.
 
     Raises:
-        ValueError: when `source` is not it.
+        ValueError: `source` is not the original repository.
     """
 
     def __init__(self, source: Path) -> None:
         super().__init__()
         if not (source / "gres_model" / "GRES.py").is_file():
-            raise ValueError(f"{source} has no gres_model/GRES.py: name a checkout of the original ReLA repository")
+            raise ValueError(f"{source} has no gres_model/GRES.py: give a checkout of the original ReLA repository")
         swin, pixels, regions = _import_parts(source)
         channels = {f"res{i + 2}": _Shape(128 * 2**i, 4 * 2**i) for i in range(4)}
         self.text_encoder = BertModel(BertConfig(), add_pooling_layer=False)
@@ -70,12 +71,14 @@ class OriginalRela(nn.Module):
 
 
 class _Shape:
+    """detectron2's ShapeSpec: channels and stride of a feature map."""
+
     def __init__(self, channels: int, stride: int) -> None:
         self.channels, self.stride = channels, stride
 
 
 class _Conv2d(nn.Conv2d):
-    """A convolution that owns its norm and its activation, as detectron2's."""
+    """detectron2's Conv2d: a convolution with optional norm and activation."""
 
     def __init__(self, *args: int, norm: nn.Module | None = None, activation: Callable | None = None, **kwargs: int):
         super().__init__(*args, **kwargs)
@@ -88,6 +91,8 @@ class _Conv2d(nn.Conv2d):
 
 
 class _Registry:
+    """A registry that registers nothing."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -96,16 +101,17 @@ class _Registry:
 
 
 def _import_parts(source: Path) -> list[types.ModuleType]:
-    nothing = types.SimpleNamespace(c2_xavier_fill=lambda module: None, c2_msra_fill=lambda module: None)
+    """Import the original Swin, pixel decoder and region decoder modules, with replacements for their imports."""
+    weight_init = types.SimpleNamespace(c2_xavier_fill=lambda module: None, c2_msra_fill=lambda module: None)
     registry = _Registry("")
-    for name, content in {
+    replacements = {
         "timm.models.layers": {
             "DropPath": lambda rate: nn.Identity(),
             "to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x),
             "trunc_normal_": nn.init.trunc_normal_,
         },
-        "fvcore.nn": {"weight_init": nothing},
-        "fvcore.nn.weight_init": vars(nothing),
+        "fvcore.nn": {"weight_init": weight_init},
+        "fvcore.nn.weight_init": vars(weight_init),
         "detectron2.config": {"configurable": lambda function: function},
         "detectron2.layers": {
             "Conv2d": _Conv2d,
@@ -121,12 +127,14 @@ def _import_parts(source: Path) -> list[types.ModuleType]:
         },
         "detectron2.utils.registry": {"Registry": _Registry},
         "MultiScaleDeformableAttention": {},
-    }.items():
+    }
+    for name, content in replacements.items():
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
             sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
         vars(sys.modules[name]).update(content)
-    for name in ("gres_model", "gres_model.modeling"):  # entered without their __init__, which wants the whole library
+    # Packages without their __init__ modules, which need all of detectron2.
+    for name in ("gres_model", "gres_model.modeling"):
         package = types.ModuleType(name)
         package.__path__ = [str(source.joinpath(*name.split(".")))]
         sys.modules[name] = package

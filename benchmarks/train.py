@@ -1,7 +1,8 @@
-"""Speed of a training step beside the original modules: `python -m benchmarks.train --original FOLDER`.
+"""Measure the speed of a training step against the original modules: `python -m benchmarks.train --original FOLDER`.
 
-Swin-B at 480 x 480 with random weights in fp32: forward, the published loss, backward, clipping and AdamW on the same
-made batch, turn by turn on one thread; medians of processor time. The original's loss is its three cross entropies.
+Swin-B at 480 x 480 with random weights in fp32. A step has the forward pass, the published loss, the backward pass,
+gradient clipping and AdamW. Both sides get the same random batch and alternate on one thread; the result is the median
+CPU time. The loss of the original is its three cross entropies.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.model import SIDE, made_inputs
+from benchmarks.model import SIDE, random_inputs
 from benchmarks.original_rela import OriginalRela
 from modeling.configuration_rela import RelaConfig
 from modeling.convert_rela import convert_state_dict
@@ -24,37 +25,37 @@ from modeling.training_rela import parameter_groups
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--original", type=Path, required=True, help="checkout of the original ReLA repository")
-    parser.add_argument("--batch", type=int, default=1, help="sentences a step")
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the median counts")
+    parser.add_argument("--batch", type=int, default=1, help="sentences per step")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the median is reported")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    original = OriginalRela(options.original).eval()  # without drop-out, so that the losses can be compared
+    original = OriginalRela(options.original).eval()  # no dropout, so that the losses are comparable
     model = RelaModel(RelaConfig()).eval()
     model.load_state_dict(convert_state_dict(original.state_dict()))
-    inputs = made_inputs(options.batch, options.batch)
+    inputs = random_inputs(options.batch, options.batch)
     masks = (torch.rand(options.batch, SIDE, SIDE) > 0.9).float()
     labels = {"masks": masks, "no_target": torch.zeros(options.batch, dtype=torch.bool)}
-    plain = torch.optim.AdamW(original.parameters(), lr=1e-5, weight_decay=0.05)
-    ours = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.05))
+    original_optimizer = torch.optim.AdamW(original.parameters(), lr=1e-5, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.05))
     sides = {
-        "original": step(original, plain, lambda: original_loss(original(**inputs), labels)),
-        "here": step(model, ours, lambda: model(**inputs, labels=labels).loss),
+        "original": training_step(original, original_optimizer, lambda: original_loss(original(**inputs), labels)),
+        "here": training_step(model, optimizer, lambda: model(**inputs, labels=labels).loss),
     }
     seconds, losses = {name: [] for name in sides}, {}
     for _ in range(options.repeats + 1):
-        for name, side in sides.items():
+        for name, run_step in sides.items():
             start = time.process_time()
-            losses.setdefault(name, side())
+            losses.setdefault(name, run_step())
             seconds[name].append(time.process_time() - start)
-    before, after = (statistics.median(seconds[name][1:]) for name in sides)  # the first step of each warms up
-    print("| what | original, s | here, s | ratio | losses of the first step |\n|---|---|---|---|---|")
-    both = " and ".join(f"{losses[name]:.5f}" for name in sides)
-    print(f"| a training step, batch {options.batch} | {before:.2f} | {after:.2f} | {before / after:.2f} | {both} |")
+    before, after = (statistics.median(seconds[name][1:]) for name in sides)  # the first step of each side is warm-up
+    print("| step | original, s | here, s | ratio | losses of the first step |\n|---|---|---|---|---|")
+    ratio, first_losses = before / after, " and ".join(f"{losses[name]:.5f}" for name in sides)
+    print(f"| training step, batch {options.batch} | {before:.2f} | {after:.2f} | {ratio:.2f} | {first_losses} |")
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> Callable:
-    """One step of either side; gives its loss."""
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[], torch.Tensor]) -> Callable:
+    """Return a function that runs one training step and returns its loss."""
 
     def run() -> float:
         loss = loss_of()
@@ -68,7 +69,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[
 
 
 def original_loss(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The published criterion on the original's outputs."""
+    """Compute the published loss from the outputs of the original model."""
     weight = torch.tensor([0.9, 1.1])
     masks = nn.functional.interpolate(outputs["pred_masks"], (SIDE, SIDE), mode="bilinear", align_corners=False)
     small = nn.functional.interpolate(labels["masks"][:, None], (10, 10), mode="bilinear", align_corners=False)

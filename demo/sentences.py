@@ -1,8 +1,10 @@
-"""What is said about made scenes: sentences that start as meanings, whose targets are found among the visible things.
+"""Referring expressions about synthetic scenes, with their targets.
 
-A meaning is `The`, `Except` or `Both` over nouns (`Kind`, `Side`, `Extreme`, `Relation`, `Between`). Its `find` is the
-one judge of truth: a no-target sentence is one for which it finds nothing, and a meaning that a person could dispute
-(`Unclear`) is never said. Its `words` draw one of several ways to say it, lower case and without punctuation.
+An expression starts as a meaning. A meaning is a `Phrase`, an `AllExcept` or a `Pair`, built from nouns (`Kind`,
+`Half`, `Extreme`, `Relation`, `Between`). `find_matches` (nouns) and `find_targets` (meanings) compute the targets
+from the visible objects. A no-target sentence is a meaning without targets. A meaning that people could read in two
+ways raises `AmbiguousError` and is not used. `draw_words` (nouns) and `draw_sentence` (meanings) choose one of
+several wordings, in lower case and without punctuation.
 """
 
 from __future__ import annotations
@@ -15,22 +17,23 @@ from dataclasses import dataclass
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
-# Truth with a margin, in parts of the image's side: what lies between the two limits is Unclear.
-BESIDE = (0.0, 0.08)  # left of, above: how far the centres lie apart
-HALF = (0.45, 0.55)  # where the left (upper) half ends and the right (lower) one begins, for centres
-SIZE = (0.175, 0.195)  # longest side of a small thing at most, of a big thing at least
-ALONG, ASIDE = 0.2, (0.12, 0.3)  # between: how far from either end (parts of the distance) and from the line
-LEAD = 0.06  # how far the leftmost thing lies before the next one
-GROWTH = 1.2  # how many times longer the biggest thing is than the next one
+# Limits as fractions of the image side, if no other unit is given. A value between two limits is ambiguous.
+OFFSET_LIMITS = (0.0, 0.08)  # "left of", "above": distance between the two centres in that direction
+HALF_LIMITS = (0.45, 0.55)  # centre of an object: end of the left (upper) half, start of the right (lower) half
+SIZE_LIMITS = (0.175, 0.195)  # longest side: maximum of a small object, minimum of a big object
+END_MARGIN = 0.2  # "between": minimum distance from both ends, as a fraction of the line between them
+LINE_LIMITS = (0.12, 0.3)  # "between": distance from the line
+MIN_LEAD = 0.06  # "leftmost": minimum distance to the next object
+MIN_SIZE_RATIO = 1.2  # "biggest": minimum ratio of its longest side to that of the next object
 
 
-class Unclear(Exception):
-    """The scene does not settle what the words mean: a person could answer one way or another."""
+class AmbiguousError(Exception):
+    """The meaning is ambiguous in this scene: people could choose different targets."""
 
 
 @dataclass(frozen=True)
-class Thing:
-    """What can be seen of one object: its words, centre and longest side of its visible box (parts of the side)."""
+class VisibleObject:
+    """The visible part of one object: centre and longest side of its box, as fractions of the image side."""
 
     shape: str
     colour: str
@@ -40,33 +43,36 @@ class Thing:
 
     @property
     def size(self) -> str:
-        return "big" if self.extent >= SIZE[1] else "small"
+        return "big" if self.extent >= SIZE_LIMITS[1] else "small"
 
     @classmethod
-    def from_box(cls, shape: str, colour: str, box: Sequence[float], side: int) -> Thing:
-        """The thing inside `box` (xywh, pixels) of a square image of `side` pixels."""
+    def from_box(cls, shape: str, colour: str, box: Sequence[float], image_size: int) -> VisibleObject:
+        """Make the object from its box (xywh, pixels) in a square image with sides of `image_size` pixels."""
         left, top, width, height = box
-        return cls(shape, colour, (left + width / 2) / side, (top + height / 2) / side, max(width, height) / side)
+        x, y = (left + width / 2) / image_size, (top + height / 2) / image_size
+        return cls(shape, colour, x, y, max(width, height) / image_size)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Things by shape, colour and size; None leaves that open: "red circle", "big shape"."""
+    """Objects with a shape, colour and size; None means any: "red circle", "big shape"."""
 
     shape: str | None = None
     colour: str | None = None
     size: str | None = None
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where a size is neither big nor small."""
-        found = {i for i, t in enumerate(things) if self.shape in (None, t.shape) and self.colour in (None, t.colour)}
+    def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if the size of one is neither big nor small."""
+        matches = {
+            i for i, obj in enumerate(objects) if self.shape in (None, obj.shape) and self.colour in (None, obj.colour)
+        }
         if self.size is None:
-            return found
-        if any(SIZE[0] < things[i].extent < SIZE[1] for i in found):
-            raise Unclear
-        return {i for i in found if things[i].size == self.size}
+            return matches
+        if any(SIZE_LIMITS[0] < objects[i].extent < SIZE_LIMITS[1] for i in matches):
+            raise AmbiguousError
+        return {i for i in matches if objects[i].size == self.size}
 
-    def words(self, rng: random.Random, plural: bool) -> str:
+    def draw_words(self, rng: random.Random, plural: bool) -> str:
         size = rng.choice({"big": ("big", "large"), "small": ("small", "little"), None: ("",)}[self.size])
         noun = (self.shape or rng.choice(("shape", "object", "thing"))) + "s" * plural
         if self.colour and rng.random() < 0.1:
@@ -75,23 +81,25 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Side:
-    """Those of a kind in one half of the image: "circles on the left"."""
+class Half:
+    """Objects of a kind in one half of the image: "circles on the left"."""
 
     kind: Kind
     side: str
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where one of the kind is near the middle."""
-        place = {i: things[i].x if self.side in ("left", "right") else things[i].y for i in self.kind.find(things)}
-        if any(HALF[0] < at < HALF[1] for at in place.values()):
-            raise Unclear
-        return {i for i, at in place.items() if (at <= HALF[0]) == (self.side in ("left", "top"))}
+    def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if one of the kind is near the middle."""
+        horizontal = self.side in ("left", "right")
+        centres = {i: objects[i].x if horizontal else objects[i].y for i in self.kind.find_matches(objects)}
+        if any(HALF_LIMITS[0] < centre < HALF_LIMITS[1] for centre in centres.values()):
+            raise AmbiguousError
+        first_half = self.side in ("left", "top")
+        return {i for i, centre in centres.items() if (centre <= HALF_LIMITS[0]) == first_half}
 
-    def words(self, rng: random.Random, plural: bool) -> str:
+    def draw_words(self, rng: random.Random, plural: bool) -> str:
         on = "on" if self.side in ("left", "right") else "at"
         place = rng.choice((f"{on} the {self.side}", f"{on} the {self.side}", f"in the {self.side} half"))
-        return f"{self.kind.words(rng, plural)} {place}"
+        return f"{self.kind.draw_words(rng, plural)} {place}"
 
 
 EXTREMES = {
@@ -106,122 +114,124 @@ EXTREMES = {
 
 @dataclass(frozen=True)
 class Extreme:
-    """The one of a kind that goes farthest: "leftmost square", "biggest shape"."""
+    """The first object of a kind in one order: "leftmost square", "biggest shape"."""
 
     kind: Kind
     end: str
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """One index, none if there is none of the kind; raises `Unclear` where the second comes close."""
+    def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return one index, or none without objects of the kind; raise `AmbiguousError` if the second is too close."""
+        # A difference of 1 between two ranks is the minimum lead.
         rank = {
-            "left": lambda t: -t.x / LEAD,
-            "right": lambda t: t.x / LEAD,
-            "top": lambda t: -t.y / LEAD,
-            "bottom": lambda t: t.y / LEAD,
-            "big": lambda t: math.log(t.extent, GROWTH),
-            "small": lambda t: -math.log(t.extent, GROWTH),
+            "left": lambda obj: -obj.x / MIN_LEAD,
+            "right": lambda obj: obj.x / MIN_LEAD,
+            "top": lambda obj: -obj.y / MIN_LEAD,
+            "bottom": lambda obj: obj.y / MIN_LEAD,
+            "big": lambda obj: math.log(obj.extent, MIN_SIZE_RATIO),
+            "small": lambda obj: -math.log(obj.extent, MIN_SIZE_RATIO),
         }[self.end]
-        ranked = sorted(((rank(things[i]), i) for i in self.kind.find(things)), reverse=True)
+        ranked = sorted(((rank(objects[i]), i) for i in self.kind.find_matches(objects)), reverse=True)
         if len(ranked) > 1 and ranked[0][0] - ranked[1][0] < 1:
-            raise Unclear
+            raise AmbiguousError
         return {i for _, i in ranked[:1]}
 
-    def words(self, rng: random.Random, plural: bool) -> str:
-        return rng.choice(EXTREMES[self.end]).format(self.kind.words(rng, plural))
+    def draw_words(self, rng: random.Random, plural: bool) -> str:
+        return rng.choice(EXTREMES[self.end]).format(self.kind.draw_words(rng, plural))
 
 
 @dataclass(frozen=True)
 class Relation:
-    """Those of a kind that stand in a relation to one other thing: "circle left of the star"."""
+    """Objects of a kind in a spatial relation to one other object: "circle left of the star"."""
 
     kind: Kind
     relation: str
-    other: The
+    other: Phrase
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where the two are too near in that direction."""
-        found = set()
-        for j in self.other.find(things):
-            for i in apart(self.kind.find(things), {j}):
-                dx, dy = things[j].x - things[i].x, things[j].y - things[i].y
-                ahead = {"left": dx, "right": -dx, "above": dy, "below": -dy}[self.relation]
-                if BESIDE[0] < ahead < BESIDE[1]:
-                    raise Unclear
-                if ahead >= BESIDE[1]:
-                    found.add(i)
-        return found
+    def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if two are too close in that direction."""
+        matches = set()
+        for j in self.other.find_targets(objects):
+            for i in exclude(self.kind.find_matches(objects), {j}):
+                dx, dy = objects[j].x - objects[i].x, objects[j].y - objects[i].y
+                offset = {"left": dx, "right": -dx, "above": dy, "below": -dy}[self.relation]
+                if OFFSET_LIMITS[0] < offset < OFFSET_LIMITS[1]:
+                    raise AmbiguousError
+                if offset >= OFFSET_LIMITS[1]:
+                    matches.add(i)
+        return matches
 
-    def words(self, rng: random.Random, plural: bool) -> str:
+    def draw_words(self, rng: random.Random, plural: bool) -> str:
         link = {
             "left": ("left of", "to the left of"),
             "right": ("right of", "to the right of"),
             "above": ("above", "higher than"),
             "below": ("below", "lower than"),
         }[self.relation]
-        return f"{self.kind.words(rng, plural)} {rng.choice(link)} the {self.other.noun.words(rng, False)}"
+        return f"{self.kind.draw_words(rng, plural)} {rng.choice(link)} the {self.other.noun.draw_words(rng, False)}"
 
 
 @dataclass(frozen=True)
 class Between:
-    """Those of a kind between two other things: "square between the star and the blue circle"."""
+    """Objects of a kind between two other objects: "square between the star and the blue circle"."""
 
     kind: Kind
-    first: The
-    second: The
+    first: Phrase
+    second: Phrase
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` near the ends and at some distance from the connecting line."""
-        ends = sorted(self.first.find(things) | self.second.find(things))
+    def find_matches(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if an object is only roughly between the ends."""
+        ends = sorted(self.first.find_targets(objects) | self.second.find_targets(objects))
         if len(ends) < 2:
-            raise Unclear
-        a, b = (things[i] for i in ends)
+            raise AmbiguousError
+        a, b = (objects[i] for i in ends)
         length = math.dist((a.x, a.y), (b.x, b.y)) + 1e-9
-        found = set()
-        for i in apart(self.kind.find(things), set(ends)):
-            dx, dy = things[i].x - a.x, things[i].y - a.y
+        matches = set()
+        for i in exclude(self.kind.find_matches(objects), set(ends)):
+            dx, dy = objects[i].x - a.x, objects[i].y - a.y
+            # Position along the line (0 at a, 1 at b) and distance from the line.
             along = (dx * (b.x - a.x) + dy * (b.y - a.y)) / length**2
-            aside = abs(dx * (b.y - a.y) - dy * (b.x - a.x)) / length
-            if ALONG <= along <= 1 - ALONG and aside <= ASIDE[0]:
-                found.add(i)
-            elif 0 < along < 1 and aside < ASIDE[1]:
-                raise Unclear
-        return found
+            distance = abs(dx * (b.y - a.y) - dy * (b.x - a.x)) / length
+            if END_MARGIN <= along <= 1 - END_MARGIN and distance <= LINE_LIMITS[0]:
+                matches.add(i)
+            elif 0 < along < 1 and distance < LINE_LIMITS[1]:
+                raise AmbiguousError
+        return matches
 
-    def words(self, rng: random.Random, plural: bool) -> str:
-        ends = [f"the {end.noun.words(rng, False)}" for end in (self.first, self.second)]
+    def draw_words(self, rng: random.Random, plural: bool) -> str:
+        ends = [f"the {end.noun.draw_words(rng, False)}" for end in (self.first, self.second)]
         rng.shuffle(ends)
-        return f"{self.kind.words(rng, plural)} {rng.choice(('between', 'in between'))} {' and '.join(ends)}"
+        return f"{self.kind.draw_words(rng, plural)} {rng.choice(('between', 'in between'))} {' and '.join(ends)}"
 
 
-def apart(found: set[int], others: set[int]) -> set[int]:
-    """`found` without `others`; raises `Unclear` where only they are of the kind ("the star left of the star")."""
-    if found and found <= others:
-        raise Unclear
-    return found - others
+def exclude(matches: set[int], others: set[int]) -> set[int]:
+    """Return `matches` without `others`; raise `AmbiguousError` if nothing is left ("the star left of the star")."""
+    if matches and matches <= others:
+        raise AmbiguousError
+    return matches - others
 
 
-Noun = Kind | Side | Extreme | Relation | Between
+Noun = Kind | Half | Extreme | Relation | Between
 
 
 @dataclass(frozen=True)
-class The:
-    """A noun as one thing (number 1), as exactly so many (2, 3, ...) or as all of them (0, at least two)."""
+class Phrase:
+    """A noun with a number: 1 is one object, 2 and more are an exact number, 0 is all objects (at least two)."""
 
     noun: Noun
     number: int = 1
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; none at all is an answer (no target), any other wrong number is `Unclear`."""
-        found = self.noun.find(things)
-        if found and (len(found) < 2 if self.number == 0 else len(found) != self.number):
-            raise Unclear
-        return found
+    def find_targets(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`, empty for no target; raise `AmbiguousError` if the number is different."""
+        targets = self.noun.find_matches(objects)
+        if targets and (len(targets) < 2 if self.number == 0 else len(targets) != self.number):
+            raise AmbiguousError
+        return targets
 
-    def words(self, rng: random.Random) -> str:
+    def draw_sentence(self, rng: random.Random) -> str:
         if self.number == 1:
-            return rng.choice(("the ", "the ", "")) + self.noun.words(rng, False)
+            return rng.choice(("the ", "the ", "")) + self.noun.draw_words(rng, False)
         if self.number == 0 and rng.random() < 0.25:
-            return "every " + self.noun.words(rng, False)
+            return "every " + self.noun.draw_words(rng, False)
         count = (
             ["all ", "all the ", "the "]
             if self.number == 0
@@ -229,193 +239,241 @@ class The:
         )
         if self.number == 2:
             count.append("both ")
-        return rng.choice(count) + self.noun.words(rng, True)
+        return rng.choice(count) + self.noun.draw_words(rng, True)
 
 
 @dataclass(frozen=True)
-class Except:
-    """Everything but some: "everything except the star"."""
+class AllExcept:
+    """All objects except some: "everything except the star"."""
 
-    rest: The
+    exception: Phrase
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where nothing is excepted or nothing is left."""
-        left_out = self.rest.find(things)
-        if not 0 < len(left_out) < len(things):
-            raise Unclear
-        return set(range(len(things))) - left_out
+    def find_targets(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if no object or every object is an exception."""
+        exceptions = self.exception.find_targets(objects)
+        if not 0 < len(exceptions) < len(objects):
+            raise AmbiguousError
+        return set(range(len(objects))) - exceptions
 
-    def words(self, rng: random.Random) -> str:
+    def draw_sentence(self, rng: random.Random) -> str:
         start = rng.choice(("everything except", "everything but", "all shapes except", "all objects but"))
-        return f"{start} the {self.rest.noun.words(rng, self.rest.number != 1)}"
+        return f"{start} the {self.exception.noun.draw_words(rng, self.exception.number != 1)}"
 
 
 @dataclass(frozen=True)
-class Both:
-    """Two things named one after the other: "the blue star and the red square"."""
+class Pair:
+    """Two phrases joined by "and": "the blue star and the red square"."""
 
-    first: The
-    second: The
+    first: Phrase
+    second: Phrase
 
-    def find(self, things: Sequence[Thing]) -> set[int]:
-        """Indices into `things`; raises `Unclear` where one of the two is missing or both are the same."""
-        parts = [self.first.find(things), self.second.find(things)]
+    def find_targets(self, objects: Sequence[VisibleObject]) -> set[int]:
+        """Return indices into `objects`; raise `AmbiguousError` if a phrase has no target or both share a target."""
+        parts = [self.first.find_targets(objects), self.second.find_targets(objects)]
         if not all(parts) or parts[0] & parts[1]:
-            raise Unclear
+            raise AmbiguousError
         return parts[0] | parts[1]
 
-    def words(self, rng: random.Random) -> str:
-        the = rng.choice(("the ", "the ", ""))
-        nouns = (self.first.noun.words(rng, False), self.second.noun.words(rng, False))
-        return rng.choice((" and ", " and ", " as well as ")).join(the + noun for noun in nouns)
+    def draw_sentence(self, rng: random.Random) -> str:
+        article = rng.choice(("the ", "the ", ""))
+        nouns = (self.first.noun.draw_words(rng, False), self.second.noun.draw_words(rng, False))
+        return rng.choice((" and ", " and ", " as well as ")).join(article + noun for noun in nouns)
 
 
-Meaning = The | Except | Both
+Meaning = Phrase | AllExcept | Pair
 
 
-# ------------------------------------------------------------------------------------------- what is said of a scene
+# -------------------------------------------------------------------------------------------------- random meanings
 
-Forms = tuple[tuple[str, ...], ...]  # which attributes a kind may name together
-
-
-def say_kind(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return counted(rng, kind_of(rng, things, forms), things)
+AttributeSets = tuple[tuple[str, ...], ...]  # the sets of attributes that a kind may name together
 
 
-def say_swapped(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    """Each attribute from another thing: every word is true of the scene, all together of nothing in it."""
-    form = rng.choice([form for form in forms if len(form) > 1])
-    return counted(rng, Kind(**{name: named(rng.choice(things), name) for name in form}), things)
+def refer_by_attributes(
+    rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets
+) -> Meaning:
+    return add_number(rng, draw_kind(rng, objects, attribute_sets), objects)
 
 
-def say_foreign(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    """Any colour with a shape of the scene: some scenes hold nothing that could be swapped."""
-    return counted(rng, Kind(rng.choice(things).shape, rng.choice(COLOURS)), things)
+def refer_by_swapped_attributes(
+    rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets
+) -> Meaning:
+    """Take each attribute from a random object: each one occurs in the scene, but often not on the same object."""
+    names = rng.choice([names for names in attribute_sets if len(names) > 1])
+    return add_number(rng, Kind(**{name: attribute_value(rng.choice(objects), name) for name in names}), objects)
 
 
-def say_place(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return The(Extreme(rivals(rng, things), rng.choice(("left", "right", "top", "bottom"))))
+def refer_by_random_colour(
+    rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets
+) -> Meaning:
+    """Combine a shape of the scene with any colour: some scenes have no attributes to swap."""
+    return add_number(rng, Kind(rng.choice(objects).shape, rng.choice(COLOURS)), objects)
 
 
-def say_size(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return The(Extreme(rivals(rng, things), rng.choice(("big", "small"))))
+def refer_by_position(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    return Phrase(Extreme(draw_shared_kind(rng, objects), rng.choice(("left", "right", "top", "bottom"))))
 
 
-def say_side(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    side = Side(rng.choice((Kind(), kind_of(rng, things, forms))), rng.choice(("left", "right", "top", "bottom")))
-    return counted(rng, side, things)
+def refer_by_size(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    return Phrase(Extreme(draw_shared_kind(rng, objects), rng.choice(("big", "small"))))
 
 
-def say_relation(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), kind_of(rng, things, forms), kind_of(rng, things, forms)))
-    relation = rng.choice(("left", "right", "above", "below"))
-    return counted(rng, Relation(kind, relation, The(kind_of(rng, things, forms))), things)
+def refer_by_half(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    kind = rng.choice((Kind(), draw_kind(rng, objects, attribute_sets)))
+    return add_number(rng, Half(kind, rng.choice(("left", "right", "top", "bottom"))), objects)
 
 
-def say_between(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = rng.choice((Kind(), kind_of(rng, things, forms)))
-    ends = [The(kind_of(rng, things, forms)) for _ in range(2)]
-    return counted(rng, Between(kind, *ends), things)
+def refer_by_relation(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    kinds = (Kind(), draw_kind(rng, objects, attribute_sets), draw_kind(rng, objects, attribute_sets))
+    kind, relation = rng.choice(kinds), rng.choice(("left", "right", "above", "below"))
+    return add_number(rng, Relation(kind, relation, Phrase(draw_kind(rng, objects, attribute_sets))), objects)
 
 
-def say_except(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    kind = kind_of(rng, things, forms)
-    return Except(The(kind, 0 if len(kind.find(things)) > 1 else 1))
+def refer_between(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    kind = rng.choice((Kind(), draw_kind(rng, objects, attribute_sets)))
+    ends = [Phrase(draw_kind(rng, objects, attribute_sets)) for _ in range(2)]
+    return add_number(rng, Between(kind, *ends), objects)
 
 
-def say_both(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Meaning:
-    return Both(The(kind_of(rng, things, forms)), The(kind_of(rng, things, forms)))
+def refer_to_all_except(
+    rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets
+) -> Meaning:
+    kind = draw_kind(rng, objects, attribute_sets)
+    return AllExcept(Phrase(kind, 0 if len(kind.find_matches(objects)) > 1 else 1))
 
 
-def kind_of(rng: random.Random, things: Sequence[Thing], forms: Forms) -> Kind:
-    """A kind that at least one thing is of, naming the attributes of one of `forms`."""
-    thing = rng.choice(things)
-    return Kind(**{name: named(thing, name) for name in rng.choice(forms)})
+def refer_to_pair(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Meaning:
+    return Pair(Phrase(draw_kind(rng, objects, attribute_sets)), Phrase(draw_kind(rng, objects, attribute_sets)))
 
 
-def named(thing: Thing, attribute: str) -> str:
-    return {"shape": thing.shape, "colour": thing.colour, "size": thing.size}[attribute]
+def draw_kind(rng: random.Random, objects: Sequence[VisibleObject], attribute_sets: AttributeSets) -> Kind:
+    """Draw a kind that matches at least one object and names the attributes of one set."""
+    obj = rng.choice(objects)
+    return Kind(**{name: attribute_value(obj, name) for name in rng.choice(attribute_sets)})
 
 
-def rivals(rng: random.Random, things: Sequence[Thing]) -> Kind:
-    """A kind of which there are several: "the leftmost star" of one star sounds odd."""
-    thing = rng.choice(things)
-    kind = rng.choice((Kind(), Kind(thing.shape), Kind(colour=thing.colour)))
-    if len(kind.find(things)) < 2:
-        raise Unclear
+def attribute_value(obj: VisibleObject, name: str) -> str:
+    return {"shape": obj.shape, "colour": obj.colour, "size": obj.size}[name]
+
+
+def draw_shared_kind(rng: random.Random, objects: Sequence[VisibleObject]) -> Kind:
+    """Draw a kind; raise `AmbiguousError` if it matches one object only: people do not say "leftmost" of one star."""
+    obj = rng.choice(objects)
+    kind = rng.choice((Kind(), Kind(obj.shape), Kind(colour=obj.colour)))
+    if len(kind.find_matches(objects)) < 2:
+        raise AmbiguousError
     return kind
 
 
-def counted(rng: random.Random, noun: Noun, things: Sequence[Thing]) -> The:
-    """The noun with a number that fits what it finds; a noun that finds nothing is mostly said of one thing."""
-    count = len(noun.find(things))
-    return The(noun, rng.choice({0: (1, 1, 1, 0), 1: (1,)}.get(count, (0, count))))
+def add_number(rng: random.Random, noun: Noun, objects: Sequence[VisibleObject]) -> Phrase:
+    """Add a number that agrees with the matches of the noun; a noun without matches is singular in most cases."""
+    count = len(noun.find_matches(objects))
+    return Phrase(noun, rng.choice({0: (1, 1, 1, 0), 1: (1,)}.get(count, (0, count))))
 
 
-Saying = Callable[[random.Random, Sequence[Thing], Forms], Meaning]
+DrawMeaning = Callable[[random.Random, Sequence[VisibleObject], AttributeSets], Meaning]
 
 
 @dataclass(frozen=True)
-class Speech:
-    """What a level says: the attributes named together and, for each number of targets, ways to come to a meaning."""
+class SentenceRules:
+    """The sentences of a level: the attribute sets, and functions that draw a meaning, by number of targets.
 
-    forms: Forms
-    none: tuple[Saying, ...]
-    single: tuple[Saying, ...]
-    multi: tuple[Saying, ...]
+    A function that is listed twice is chosen twice as often.
+    """
+
+    attribute_sets: AttributeSets
+    none: tuple[DrawMeaning, ...]
+    single: tuple[DrawMeaning, ...]
+    multi: tuple[DrawMeaning, ...]
 
 
-PLAIN = (("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",))
-SPEECHES = {
-    "easy": Speech(
-        forms=PLAIN,
-        none=(say_swapped, say_swapped, say_swapped, say_foreign),
-        single=(say_kind, say_kind, say_kind, say_place),
-        multi=(say_kind, say_kind, say_both, say_except, say_side),
+EASY_ATTRIBUTE_SETS = (("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",))
+SENTENCE_RULES = {
+    "easy": SentenceRules(
+        attribute_sets=EASY_ATTRIBUTE_SETS,
+        none=(
+            refer_by_swapped_attributes,
+            refer_by_swapped_attributes,
+            refer_by_swapped_attributes,
+            refer_by_random_colour,
+        ),
+        single=(refer_by_attributes, refer_by_attributes, refer_by_attributes, refer_by_position),
+        multi=(refer_by_attributes, refer_by_attributes, refer_to_pair, refer_to_all_except, refer_by_half),
     ),
-    "full": Speech(
-        forms=(*PLAIN, ("shape", "size"), ("colour", "size")),
-        none=(say_swapped, say_swapped, say_foreign, say_side, say_relation, say_relation),
-        single=(say_kind, say_kind, say_place, say_size, say_side, say_relation, say_relation, say_between),
-        multi=(say_kind, say_kind, say_both, say_both, say_except, say_side, say_side, say_relation),
+    "full": SentenceRules(
+        attribute_sets=(*EASY_ATTRIBUTE_SETS, ("shape", "size"), ("colour", "size")),
+        none=(
+            refer_by_swapped_attributes,
+            refer_by_swapped_attributes,
+            refer_by_random_colour,
+            refer_by_half,
+            refer_by_relation,
+            refer_by_relation,
+        ),
+        single=(
+            refer_by_attributes,
+            refer_by_attributes,
+            refer_by_position,
+            refer_by_size,
+            refer_by_half,
+            refer_by_relation,
+            refer_by_relation,
+            refer_between,
+        ),
+        multi=(
+            refer_by_attributes,
+            refer_by_attributes,
+            refer_to_pair,
+            refer_to_pair,
+            refer_to_all_except,
+            refer_by_half,
+            refer_by_half,
+            refer_by_relation,
+        ),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Expression:
-    """One meaning, the sentences that say it and the things it refers to (indices, ascending; empty: no target)."""
+    """One meaning, its sentences and its targets (indices of objects, ascending; empty: no target)."""
 
     meaning: Meaning
     sentences: tuple[str, ...]
     targets: tuple[int, ...]
 
 
-def expressions(rng: random.Random, things: Sequence[Thing], speech: Speech, no_target: float) -> Iterator[Expression]:
-    """Three to five meanings of a scene in one to three sentences each, no sentence twice."""
-    said: set[str] = set()
-    single = (1 - no_target) * 0.637  # of those with a target, as in the genuine train split: 120,624 to 69,580
+def draw_expressions(
+    rng: random.Random, objects: Sequence[VisibleObject], rules: SentenceRules, no_target: float
+) -> Iterator[Expression]:
+    """Draw three to five expressions of one to three sentences each; no sentence occurs twice in a scene."""
+    used_sentences: set[str] = set()
+    # Share of single targets among expressions with a target, as in gRefCOCO's train split: 120,624 to 69,580.
+    single = (1 - no_target) * 0.637
     shares = (no_target, single, 1 - no_target - single)
     for _ in range(rng.randint(3, 5)):
-        count, sayings = rng.choices(((0, speech.none), (1, speech.single), (2, speech.multi)), shares)[0]
-        for meaning, targets in meanings(rng, things, sayings, speech.forms):
-            fresh = [words for words in dict.fromkeys(meaning.words(rng) for _ in range(9)) if words not in said]
-            if min(len(targets), 2) == count and fresh:
-                sentences = tuple(fresh[: rng.randint(1, 3)])
-                said.update(sentences)
+        count, functions = rng.choices(((0, rules.none), (1, rules.single), (2, rules.multi)), shares)[0]
+        for meaning, targets in draw_meanings(rng, objects, functions, rules.attribute_sets):
+            wordings = dict.fromkeys(meaning.draw_sentence(rng) for _ in range(9))
+            new_sentences = [sentence for sentence in wordings if sentence not in used_sentences]
+            if min(len(targets), 2) == count and new_sentences:
+                sentences = tuple(new_sentences[: rng.randint(1, 3)])
+                used_sentences.update(sentences)
                 yield Expression(meaning, sentences, targets)
                 break
 
 
-def meanings(
-    rng: random.Random, things: Sequence[Thing], sayings: Sequence[Saying], forms: Forms
+def draw_meanings(
+    rng: random.Random,
+    objects: Sequence[VisibleObject],
+    functions: Sequence[DrawMeaning],
+    attribute_sets: AttributeSets,
 ) -> Iterator[tuple[Meaning, tuple[int, ...]]]:
-    """Clear meanings with their targets; each saying is tried a dozen times, so that rare ones get their share."""
-    for saying in rng.choices(sayings, k=12):
+    """Draw unambiguous meanings with their targets; each function has 12 attempts, so that rare meanings occur."""
+    for draw_meaning in rng.choices(functions, k=12):
         for _ in range(12):
             try:
-                meaning = saying(rng, things, forms)
-                targets = tuple(sorted(meaning.find(things)))
-            except Unclear:
+                meaning = draw_meaning(rng, objects, attribute_sets)
+                targets = tuple(sorted(meaning.find_targets(objects)))
+            except AmbiguousError:
                 continue
             yield meaning, targets

@@ -1,4 +1,4 @@
-"""The annotation files: found, read, checked, and refs paired with objects by image id.
+"""The annotation files: find, read and check them, and pair refs with objects by image id.
 
 No file is trusted: types, ranges and texts are checked before they are used. What is wrong is either one clear
 `ValueError` or a named entry in `Problems`.

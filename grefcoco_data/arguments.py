@@ -1,14 +1,18 @@
-"""Command lines of all programs here: flags of several words are accepted with dashes and with underscores."""
+"""Command lines of all programs: flags of several words with dashes or underscores, errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Accepts `--num-proc` and `--num_proc` alike; refuses abbreviations. Declare flags with dashes."""
+    """Accepts both `--num-proc` and `--num_proc`, refuses abbreviations, and exits with code 2 after one line.
+
+    Declare flags with dashes.
+    """
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -20,6 +24,10 @@ class ArgumentParser(argparse.ArgumentParser):
         arguments = [str(argument) for argument in (sys.argv[1:] if args is None else args)]
         end = arguments.index("--") if "--" in arguments else len(arguments)  # after it there are no flags
         return super().parse_known_args([*map(_with_dashes, arguments[:end]), *arguments[end:]], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line to stderr and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _with_dashes(argument: str) -> str:

@@ -1,13 +1,15 @@
 """Files and folders that appear on disk whole or not at all, and sha256 sums.
 
-staging = staging_folder(final)     # an empty folder beside `final`
-...                                 # write files into `staging`
-seal(staging)                       # write manifest.json with the sha256 of every file
-publish(staging, final)             # force everything to disk, then rename
-seal_fault(final)                   # None, or what is wrong with the folder
+    staging = staging_folder(final)     # an empty folder beside `final`
+    ...                                 # write files into `staging`
+    seal(staging)                       # write manifest.json with the sha256 of every file
+    publish(staging, final)             # force everything to disk, then rename
+    seal_fault(final)                   # None, or what is wrong with the folder
 
-write_text(path, text)              # one file
-with new_file(path) as temporary: figure.savefig(temporary)
+    write_text(path, text)              # one file
+    with new_file(path) as temporary: figure.savefig(temporary)
+
+Builds, exports, pages and the checkpoints of training are written this way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image files: found in a folder, a zip or a repository of the Hub, checked and read.
+"""Image files in a folder, a zip or a repository of the Hub: checked and read.
 
 No file is trusted: names, sizes and checksums are checked before anything is decoded.
 """

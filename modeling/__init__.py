@@ -1,13 +1,21 @@
-"""The model repository of gRefCOCO: ReLA and MDETR as transformers classes. Importing it registers ReLA."""
+"""The model repository of gRefCOCO. Importing it registers every family with the auto classes of transformers."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from .configuration_mdetr import MdetrConfig
 from .configuration_rela import RelaConfig
+from .image_processing_mdetr import MdetrImageProcessor
 from .image_processing_rela import RelaImageProcessor
+from .modeling_mdetr import MdetrModel
 from .modeling_rela import RelaModel
+from .processing_mdetr import MdetrProcessor
 from .processing_rela import RelaProcessor
 
-AutoConfig.register("rela", RelaConfig)
-AutoModel.register(RelaConfig, RelaModel)
-AutoImageProcessor.register(RelaConfig, image_processor_classes={"pil": RelaImageProcessor})
-AutoProcessor.register(RelaConfig, RelaProcessor)
+for config, model, image_processor, processor in (
+    (RelaConfig, RelaModel, RelaImageProcessor, RelaProcessor),
+    (MdetrConfig, MdetrModel, MdetrImageProcessor, MdetrProcessor),
+):
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor})
+    AutoProcessor.register(config, processor)

@@ -94,6 +94,8 @@ class RelaProcessor(ReferringProcessor):
         return_rle: bool = False,
     ) -> list[dict[str, object]]:
         """See `ReferringProcessor`. At the default thresholds the rule is the published one, the larger logit."""
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: choose a probability, 0 to 1")
         limit = torch.tensor(threshold, dtype=torch.float64).logit().item()  # exactly 0 at 0.5
         canvas, sizes = _sizes(outputs, target_sizes)
         results = []

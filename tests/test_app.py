@@ -1,4 +1,4 @@
-"""The page of demo/app.py: its parts, the whole in a browser, and as a Space."""
+"""The page of demo/app.py: its functions, the page in a browser, and the page as a Space."""
 
 import base64
 import shutil
@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.hub_server import Hub
 from tests.tiny_rela import BETTER_LOSS, expression_rows, tiny_config, tiny_processor
 
 gr = pytest.importorskip("gradio")
-from demo import app  # noqa: E402 (it needs gradio)
+from demo import app  # noqa: E402 (the import needs gradio)
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -33,7 +34,7 @@ SCENE = expression_rows()[0]["image"]  # a red square at x 4..24, y 8..28; a blu
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows four sentences by heart, after two seconds."""
+    """Train a tiny model on four sentences until it answers them correctly (two seconds)."""
     torch.manual_seed(0)
     model, processor = RelaModel(tiny_config(**BETTER_LOSS)), tiny_processor()
     batch, optimizer = RelaCollator(processor)(expression_rows()), torch.optim.AdamW(model.parameters(), 2e-3)
@@ -53,19 +54,20 @@ def test_boxes_are_drawn_and_counted_where_the_model_gives_them() -> None:
         mask = np.zeros((picture.height, picture.width), bool)
         return [{"sentence": text[0], "mask": mask, "no_target_score": 0.1, "boxes": torch.tensor([[8.0, 8, 40, 48]])}]
 
-    (answer,) = app.ask(segment, SCENE, "a box")
-    with Image.open(BytesIO(base64.b64decode(answer.marked.partition(",")[2]))) as picture:
+    (card,) = app.run_model(segment, SCENE, "a box")
+    with Image.open(BytesIO(base64.b64decode(card.marked_url.partition(",")[2]))) as picture:
         pixels = np.asarray(picture.convert("RGB"), int)
-    assert pixels[8, 8:41].min() > 180 and pixels[24, 24].max() < 180, "a white edge, and nothing inside"
-    assert "Found</b>, 0.0% of the picture, 1 box<" in app.card(answer, 0.5)
-    assert "box" not in app.card(app.Answer("a", "", "", 0.1, 0.1, (0, 0, 0)), 0.5)
+    assert pixels[8, 8:41].min() > 180 and pixels[24, 24].max() < 180, "a white line around the box, nothing inside"
+    assert "Found</b>, 0.0% of the picture, 1 box<" in app.card_html(card, 0.5)
+    assert "box" not in app.card_html(app.SentenceCard("a", "", "", 0.1, 0.1, (0, 0, 0)), 0.5)
 
 
-class Counted:
+class CountingPipeline:
     """A pipeline that counts its runs."""
 
     def __init__(self, folder: Path) -> None:
         self.segment, self.runs = pipeline("referring-segmentation", str(folder), trust_remote_code=True), 0
+        self.processor = self.segment.processor
 
     def __call__(self, picture: Image.Image, text: list[str]) -> list[dict]:
         self.runs += 1
@@ -73,63 +75,69 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def segment(checkpoint: Path) -> Counted:
-    return Counted(checkpoint)
+def segment(checkpoint: Path) -> CountingPipeline:
+    return CountingPipeline(checkpoint)
 
 
-def test_overlay_marks_the_mask_alone() -> None:
+def test_only_the_mask_is_marked() -> None:
     mask = np.zeros((64, 64), dtype=bool)
     mask[30:50, 36:56] = True
-    before, after = np.asarray(SCENE, float), np.asarray(app.overlay(SCENE, mask, (213, 94, 0)), float)
-    far = ~app.grow(mask, 2)
-    assert (after[far].mean(1) < before[far].mean(1)).all(), "what is not meant is dimmed"
+    before, after = np.asarray(SCENE, float), np.asarray(app.draw_mask(SCENE, mask, (213, 94, 0)), float)
+    outside = ~app.dilate(mask, 2)
+    assert (after[outside].mean(1) < before[outside].mean(1)).all(), "pixels outside the mask are darker"
     assert np.abs(after[mask] - (0.6 * before[mask] + 0.4 * np.array([213, 94, 0]))).max() < 1
-    assert (after[app.grow(mask, 1) & ~mask] == (213, 94, 0)).all()
-    assert app.grow(mask, 1).sum() == 22 * 22 and not app.grow(np.zeros((5, 5), dtype=bool), 1).any()
+    assert (after[app.dilate(mask, 1) & ~mask] == (213, 94, 0)).all()
+    assert app.dilate(mask, 1).sum() == 22 * 22 and not app.dilate(np.zeros((5, 5), dtype=bool), 1).any()
 
 
-def test_threshold_alone_turns_the_verdict() -> None:
-    answers = [app.Answer("<b>it</b>", "marked", "plain", 0.25, 0.4, (1, 2, 3))]
-    found, none = app.show(answers, 0.5), app.show(answers, 0.3)
-    assert "Found" in found and 'src="marked"' in found and "25.0% of the picture" in found
-    assert "None here" in none and 'src="plain"' in none and "marked" not in none
-    assert "&lt;b&gt;it&lt;/b&gt;" in found and "<b>it" not in found
-    assert "Found" in app.show(answers, 0.4), "none is what is above the threshold, as for the processor"
+def test_threshold_changes_the_verdict() -> None:
+    cards = [app.SentenceCard("<b>it</b>", "marked", "plain", 0.25, 0.4, (1, 2, 3))]
+    target, no_target = app.cards_html(cards, 0.5), app.cards_html(cards, 0.3)
+    assert "Found" in target and 'src="marked"' in target and "25.0% of the picture" in target
+    assert "None here" in no_target and 'src="plain"' in no_target and "marked" not in no_target
+    assert "&lt;b&gt;it&lt;/b&gt;" in target and "<b>it" not in target
+    assert "Found" in app.cards_html(cards, 0.4), "no target is a score above the threshold, as in the processor"
 
 
-def test_asking_runs_the_model_once_on_a_picture_of_bounded_size(segment: Counted) -> None:
+@pytest.mark.parametrize("no_target_threshold", [0.35, 0.62])
+def test_threshold_slider_starts_at_the_threshold_of_the_model(no_target_threshold: float) -> None:
+    page = app.make_page(SimpleNamespace(processor=SimpleNamespace(no_target_threshold=no_target_threshold)))
+    (slider,) = [block for block in page.blocks.values() if block.elem_id == "threshold"]
+    assert slider.value == no_target_threshold
+
+
+def test_model_runs_once_on_a_picture_of_limited_size(segment: CountingPipeline) -> None:
     runs = segment.runs
-    answers = app.ask(segment, SCENE.resize((3000, 1500)), " the blue square \n\nthe green square\n")
-    assert segment.runs == runs + 1 and [answer.sentence for answer in answers] == [
-        "the blue square",
-        "the green square",
-    ]
-    assert picture_of(answers[0].marked).size == (1024, 512)
-    assert answers[0].plain == answers[1].plain and answers[0].colour != answers[1].colour
+    cards = app.run_model(segment, SCENE.resize((3000, 1500)), " the blue square \n\nthe green square\n")
+    assert segment.runs == runs + 1 and [card.sentence for card in cards] == ["the blue square", "the green square"]
+    assert picture_of(cards[0].marked_url).size == (1024, 512)
+    assert cards[0].plain_url == cards[1].plain_url and cards[0].colour != cards[1].colour
 
 
 @pytest.mark.parametrize(
-    ("picture", "lines", "title"),
+    ("picture", "text", "title"),
     [(None, "it", "No picture"), (SCENE, " \n", "No sentence"), (SCENE, "it\n" * 13, "Too many sentences")],
 )
-def test_what_cannot_be_asked_is_said(segment: Counted, picture: Image.Image | None, lines: str, title: str) -> None:
+def test_missing_or_long_inputs_give_a_message(
+    segment: CountingPipeline, picture: Image.Image | None, text: str, title: str
+) -> None:
     with pytest.raises(gr.Error) as error:
-        app.ask(segment, picture, lines)
+        app.run_model(segment, picture, text)
     assert error.value.title == title
 
 
-def test_examples_have_one_target_several_and_none() -> None:
+def test_examples_have_sentences_of_one_target_several_and_none() -> None:
     for index in app.EXAMPLES:
-        scene, lines = app.example(index)
-        assert scene.size == (256, 256) and len(lines.splitlines()) == 3
+        scene, text = app.make_example(index)
+        assert scene.size == (256, 256) and len(text.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [([], "config.json"), (["--push-to-hub", "me/try"], "no Space can see")],
+    [([], "config.json"), (["--push-to-hub", "me/try"], "A Space cannot read it")],
     ids=["folder without a model", "folder for a Space"],
 )
-def test_a_model_that_cannot_be_shown_is_one_line(
+def test_an_unusable_model_gives_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], word: str
 ) -> None:
     assert app.main(["--model", str(tmp_path), *options]) == 2
@@ -137,9 +145,9 @@ def test_a_model_that_cannot_be_shown_is_one_line(
     assert line.count("\n") == 1 and str(tmp_path) in line and word in line
 
 
-def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_model_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert app.main(["--model", str(tmp_path / "runs" / "demo")]) == 2
-    assert "neither a folder here nor a Hub id" in capsys.readouterr().err
+    assert "neither a folder nor a Hub id" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
@@ -149,7 +157,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path, capsys: pytest.Capt
 def browser() -> Iterator[object]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
+        pytest.skip("chromium is not installed")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -157,9 +165,9 @@ def browser() -> Iterator[object]:
 
 
 @pytest.fixture(scope="module")
-def address(segment: Counted) -> Iterator[str]:
+def address(segment: CountingPipeline) -> Iterator[str]:
     page = app.make_page(segment)
-    yield page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LOOK)[1]
+    yield page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LAUNCH_OPTIONS)[1]
     page.close(verbose=False)
 
 
@@ -169,12 +177,14 @@ def tab(browser: object, address: str) -> Iterator[object]:
     tab.set_default_timeout(20_000)
     hosts, errors = set(), []
     tab.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-    tab.on("pageerror", lambda error: errors.append(error))  # playwright sets attributes on what it calls
+    tab.on("pageerror", lambda error: errors.append(error))  # a function: playwright sets attributes on it
     tab.goto(address)
     tab.wait_for_selector("#find")
     yield tab
     tab.close()
-    assert hosts <= {"127.0.0.1", "localhost", None} and not errors, "the page needs nothing from elsewhere"
+    assert hosts <= {"127.0.0.1", "localhost", None} and not errors, (
+        "the page loads nothing from other hosts and has no script errors"
+    )
 
 
 @pytest.fixture
@@ -188,8 +198,8 @@ def upload(tab: object, path: Path) -> None:
     tab.wait_for_selector("#picture img")
 
 
-def ask_for(tab: object, *sentences: str) -> list[str]:
-    """Type and press Find; returns the sources of the pictures that come."""
+def find_sentences(tab: object, *sentences: str) -> list[str]:
+    """Type the sentences and press Find; return the sources of the pictures in the result."""
     tab.fill("#sentences textarea", "\n".join(sentences))
     tab.click("#find")
     tab.wait_for_function("text => document.querySelector('#result')?.innerText.includes(text)", arg=sentences[-1])
@@ -206,46 +216,46 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_page_marks_what_is_meant_and_rejects_what_is_not_there(tab: object, scene: Path) -> None:
+def test_page_marks_a_target_and_reports_no_target(tab: object, scene: Path) -> None:
     upload(tab, scene)
-    marked, plain = ask_for(tab, "the blue square", "the green square")
+    marked, plain = find_sentences(tab, "the blue square", "the green square")
     verdicts = [verdict.inner_text() for verdict in tab.query_selector_all(".verdict")]
     assert verdicts[0].startswith("Found, 9.8%") and verdicts[1] == "None here"  # 20 * 20 of 64 * 64 pixels
     pixels = np.asarray(picture_of(marked), float)
     inside, outside = pixels[34:46, 40:52].mean((0, 1)), pixels[12:24, 8:20].mean((0, 1))
-    assert inside[0] > 80 > outside[1], "the blue square is tinted, the red one dimmed"
+    assert inside[0] > 80 > outside[1], "the blue square is coloured, the red one darker"
     assert np.abs(np.asarray(picture_of(plain), float) - np.asarray(SCENE)).mean() < 6
-    assert ask_for(tab, "the red square")[0] != marked
+    assert find_sentences(tab, "the red square")[0] != marked
 
 
-def test_threshold_judges_again_without_the_model(tab: object, scene: Path, segment: Counted) -> None:
+def test_slider_does_not_run_the_model_again(tab: object, scene: Path, segment: CountingPipeline) -> None:
     upload(tab, scene)
-    ask_for(tab, "the blue square", "the green square")
+    find_sentences(tab, "the blue square", "the green square")
     runs = segment.runs
     slider = tab.locator("#threshold input[type=range]")
-    for key, verdicts in (("Home", (0, 2)), ("End", (2, 0))):
+    for key, counts in (("Home", (0, 2)), ("End", (2, 0))):
         slider.press(key)
         tab.wait_for_function(
             "([found, none]) => document.querySelectorAll('.card.found').length === found"
             " && document.querySelectorAll('.card.none').length === none",
-            arg=verdicts,
+            arg=counts,
         )
     assert segment.runs == runs
 
 
-def test_a_file_that_is_no_picture_is_said_kindly(tab: object, scene: Path, tmp_path: Path) -> None:
-    (tmp_path / "letter.png").write_text("Dear page, I am no picture.")
+def test_an_unreadable_file_gives_a_message(tab: object, scene: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.png").write_text("This is text, not a picture.")
     tab.set_input_files("#picture input[type=file]", str(tmp_path / "letter.png"))
     tab.get_by_text("letter.png cannot be read as a picture").wait_for()
     tab.wait_for_selector("#picture img", state="detached")
     tab.click("#find")
-    tab.get_by_text("Choose a picture first").wait_for()
+    tab.get_by_text("Choose a picture or an example first").wait_for()
     assert not tab.query_selector_all(".card")
     upload(tab, scene)
-    assert ask_for(tab, "the blue square"), "the page goes on working"
+    assert find_sentences(tab, "the blue square"), "the page still works"
 
 
-def test_page_works_by_keyboard_alone(tab: object) -> None:
+def test_page_works_with_the_keyboard_alone(tab: object) -> None:
     tab.get_by_role("button", name="Example 1").focus()
     tab.keyboard.press("Enter")
     tab.wait_for_selector(".card")
@@ -263,31 +273,31 @@ def test_page_works_by_keyboard_alone(tab: object) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
-def test_page_fits_its_screen(tab: object, scene: Path, width: int) -> None:
+def test_page_fits_the_screen(tab: object, scene: Path, width: int) -> None:
     tab.set_viewport_size({"width": width, "height": 700})
     upload(tab, scene)
-    ask_for(tab, "the blue square", "w" * 80)
+    find_sentences(tab, "the blue square", "w" * 80)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     clipped = "element => element.scrollWidth > element.clientWidth"
     assert not any(tab.eval_on_selector_all(".card p", f"all => all.map({clipped})")), "a long word is cut off"
     boxes = [card.bounding_box() for card in tab.query_selector_all(".card")]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
-    assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "side by side where there is room"
+    assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "cards are side by side only on a wide screen"
 
 
 # ------------------------------------------------------------------------------------------------------- as a Space
 
 
 @pytest.mark.slow
-def test_pushed_space_runs_on_a_pushed_model(checkpoint: Path, tmp_path: Path) -> None:
+def test_pushed_space_runs_with_a_pushed_model(checkpoint: Path, tmp_path: Path) -> None:
     upload_model = "import sys; from huggingface_hub import HfApi as A; A().create_repo('me/rela'); "
     upload_model += "A().upload_folder(repo_id='me/rela', folder_path=sys.argv[1])"
     with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
         assert hub.python(tmp_path / "author", "-c", upload_model, checkpoint, token="hf_me").returncode == 0
         options = ["--model", "me/rela", "--push-to-hub", "me/try"]
         hub.fail("POST", "/repos/create")
-        cut = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
-        assert cut.returncode == 2 and "Traceback" not in cut.stderr
+        failed = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr
         pushed = hub.python(tmp_path / "author", ROOT / "demo" / "app.py", *options, token="hf_me")
         assert pushed.returncode == 0, pushed.stderr
         repo, space = hub.repository("space", "me/try"), tmp_path / "space"

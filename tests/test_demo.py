@@ -1,4 +1,4 @@
-"""The README's demo command, shortened: scenes to build to training to report, as a user types it."""
+"""`make demo` with few images and steps: scenes, data set, training, report."""
 
 import json
 import os
@@ -22,23 +22,23 @@ def make_demo(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="make demo would install an environment")
-def test_shortened_demo_and_a_second_run(tmp_path):
-    done = make_demo(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="make demo needs an installed environment")
+def test_short_demo_and_a_second_run(tmp_path):
+    first = make_demo(tmp_path)
+    assert first.returncode == 0, first.stderr[-3000:]
     out = tmp_path / "run"
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) >= {"gres", "grec", "train"} and metrics["train"]["steps"] == 30
     assert 0 <= metrics["gres"]["gIoU"] <= 100
-    page = (out / "report.md").read_text()
-    assert "always empty" in page and "every object" in page and "predictions.png" in page
+    report = (out / "report.md").read_text()
+    assert "always empty" in report and "every object" in report and "predictions.png" in report
     for name in ("predictions.png", "learning_curve.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 300
             assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 100
     assert (out / "checkpoint" / "model.safetensors").exists()
     built = os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns
-    again = make_demo(tmp_path, "SCENES_FLAGS=--train 60 --val 12 --testA 6 --testB 6")
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns == built, "the data should have been reused"
-    assert json.loads((out / "metrics.json").read_text())["gres"] == metrics["gres"], "a run is not deterministic"
+    second = make_demo(tmp_path, "SCENES_FLAGS=--train 60 --val 12 --testA 6 --testB 6")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert os.stat(tmp_path / "data" / "easy" / "README.md").st_mtime_ns == built, "the data must be reused"
+    assert json.loads((out / "metrics.json").read_text())["gres"] == metrics["gres"], "scores must be deterministic"

@@ -1,4 +1,4 @@
-"""The built data set and its rows: what is stored, what comes back, in which order, how often."""
+"""The built data set and its rows: contents, order, sharding and resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REAL = ROOT.parent / "shared" / "real"
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keep the caches of `datasets` out of the user's."""
+    """Keep the caches of `datasets` out of the folder of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -43,7 +43,7 @@ def genuine(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(genuine) -> Path:
-    """Eight training shards of one image or none: small shards show errors of sharding."""
+    """Shards of one or two images: small shards show errors of sharding."""
     out = genuine.parent / "built"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "shard_count", lambda num_images: min(4, num_images))
@@ -84,11 +84,11 @@ def decoded(segmentation: list | dict) -> np.ndarray:
 
 @pytest.mark.parametrize("split", ["train", "val", "testA", "testB"])
 def test_rows_are_those_of_the_files(genuine, built, split):
-    found = {row["sent_id"]: row for row in rows_of(grefcoco.load(built, split=split))}
+    loaded = {row["sent_id"]: row for row in rows_of(grefcoco.load(built, split=split))}
     expected = expected_rows(genuine, split)
-    assert len(found) == len(expected) > 0
+    assert len(loaded) == len(expected) > 0
     for row in expected:
-        row, other = dict(row), found[row["sent_id"]]
+        row, other = dict(row), loaded[row["sent_id"]]
         assert np.array_equal(row.pop("mask"), coco_mask.decode(other["mask"]))
         assert all(
             np.array_equal(a, coco_mask.decode(b)) for a, b in zip(row.pop("masks"), other["masks"], strict=True)
@@ -135,7 +135,7 @@ def test_image_bytes_are_untouched(genuine, built):
         assert row["image"]["bytes"] == (genuine / "train2014" / row["file_name"]).read_bytes()
 
 
-def test_a_batch_shares_the_decoded_image(built, monkeypatch):
+def test_an_image_is_decoded_once_per_batch(built, monkeypatch):
     calls = []
     decode = loading.decode_image
     monkeypatch.setattr(loading, "decode_image", lambda stored: calls.append(1) or decode(stored))
@@ -148,7 +148,7 @@ def test_a_batch_shares_the_decoded_image(built, monkeypatch):
     assert all((a["image"] is b["image"]) == (a["image_id"] == b["image_id"]) for a in batch for b in batch)
 
 
-def test_columns_are_read_on_their_own(built, monkeypatch):
+def test_columns_without_image_decode_nothing(built, monkeypatch):
     for module in (loading, row_module):
         monkeypatch.setattr(module, "decode_image", None)
     for streaming in (False, True):
@@ -156,7 +156,7 @@ def test_columns_are_read_on_their_own(built, monkeypatch):
         assert all(list(row) == ["mask", "objects"] and len(row["objects"]) == 4 for row in rows)
 
 
-def test_select_and_shuffle_keep_rows_whole(built):
+def test_select_and_shuffle_keep_rows_intact(built):
     rows = grefcoco.load(built, split="train")
     order = rows.shuffle(seed=1).select(range(5))
     by_id = {row["sent_id"]: row for row in rows_of(rows)}
@@ -170,12 +170,12 @@ def test_rows_survive_pickling(built):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_every_row_once_over_any_world(built, world, shuffled):
+def test_every_row_is_read_once_for_any_world_size(built, world, shuffled):
     stream = grefcoco.load(built, split="train", streaming=True, columns=["sent_id"])
     if shuffled:
         stream = grefcoco.shuffle_shards(stream, seed=4)
-    seen = [row["sent_id"] for rank in range(world) for row in split_dataset_by_node(stream, rank, world)]
-    assert sorted(seen) == sorted(grefcoco.load(built, split="train")["sent_id"])
+    sent_ids = [row["sent_id"] for rank in range(world) for row in split_dataset_by_node(stream, rank, world)]
+    assert sorted(sent_ids) == sorted(grefcoco.load(built, split="train")["sent_id"])
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -201,8 +201,8 @@ def test_workers_of_a_loader_share_the_stream(built):
     mapped = grefcoco.load(built, split="train", columns=["sent_id", "image", "mask"])
     for rows in (stream, mapped):
         batches = loading.DataLoader(rows, batch_size=4, num_workers=2, collate_fn=list)
-        seen = [row["sent_id"] for batch in batches for row in batch]
-        assert sorted(seen) == sorted(mapped.with_format(None)["sent_id"])
+        sent_ids = [row["sent_id"] for batch in batches for row in batch]
+        assert sorted(sent_ids) == sorted(mapped.with_format(None)["sent_id"])
 
 
 def test_builder_works_in_processes(genuine, built):
@@ -232,7 +232,7 @@ def test_zip_and_processes_give_the_same_bytes(genuine, built, tmp_path, monkeyp
         assert report == json.loads((built / "build.json").read_text())
 
 
-def test_shards_suit_usual_world_sizes(built):
+def test_shard_counts_are_powers_of_two(built):
     counts = [building.shard_count(images) for images in (0, 1, 199, 200, 750, 1_501, 16_994, 10**6)]
     assert counts == [1, 1, 1, 2, 4, 8, 64, 64]
     assert len(list((built / "data").glob("train-*-of-00004.parquet"))) == 4
@@ -245,7 +245,7 @@ def test_row_groups_are_small(genuine, tmp_path):
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [100, 30]
 
 
-def test_changed_inputs_never_give_old_rows(tmp_path):
+def test_changed_inputs_give_new_rows(tmp_path):
     source = write_genuine(tmp_path / "set")
     out, images = tmp_path / "out", source / "train2014"
     texts = []
@@ -282,7 +282,7 @@ def test_bad_images_are_named_or_refused(tmp_path):
     assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
 
 
-def test_images_are_not_turned_by_exif(tmp_path):
+def test_exif_rotation_is_ignored(tmp_path):
     source = write_genuine(tmp_path / "set")
     path = max((source / "train2014").iterdir())
     picture = Image.open(path).copy()
@@ -293,7 +293,7 @@ def test_images_are_not_turned_by_exif(tmp_path):
     assert row["file_name"] == path.name and row["image"].size == (WIDTH, HEIGHT)
 
 
-def test_strict_refuses_what_is_otherwise_reported(tmp_path):
+def test_strict_raises_on_problems(tmp_path):
     source = write_genuine(tmp_path / "set")
     instances = json.loads((source / "instances.json").read_text())
     instances["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
@@ -307,7 +307,7 @@ def test_strict_refuses_what_is_otherwise_reported(tmp_path):
     assert not (tmp_path / "strict").exists()
 
 
-def test_folder_that_is_no_build_is_left_alone(genuine, tmp_path):
+def test_a_folder_that_is_not_a_build_is_not_replaced(genuine, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an earlier build"):
@@ -337,7 +337,7 @@ grefcoco.build(sys.argv[1], sys.argv[2], sys.argv[3])
 
 
 @pytest.mark.parametrize("former", [False, True])
-def test_killed_build_leaves_the_old_or_nothing(genuine, tmp_path, former):
+def test_a_killed_build_leaves_the_old_build_or_nothing(genuine, tmp_path, former):
     images, out = genuine / "train2014", tmp_path / "out"
     before = grefcoco.build(genuine, images, out) if former else None
     arguments = [sys.executable, "-c", KILLED_BUILD, str(genuine), str(images), str(out), "30"]
@@ -352,7 +352,7 @@ def test_killed_build_leaves_the_old_or_nothing(genuine, tmp_path, former):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_zip_that_was_replaced_is_read_anew(genuine, tmp_path):
+def test_a_replaced_zip_is_read_again(genuine, tmp_path):
     paths = sorted((genuine / "train2014").iterdir())
     for order in (paths, paths[::-1]):
         with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:

@@ -62,7 +62,7 @@ def test_the_card_of_grefcoco_keeps_its_facts(tmp_path):
     assert "| train | 16,994 | 78,930 | 209,344 | 19,140 | 120,624 | 69,580 | 18 |" in card.text
 
 
-def test_ref_zom_reads_its_own_way_of_writing_no_target(tmp_path):
+def test_ref_zom_marks_no_target_by_its_source(tmp_path):
     """One entry is all that Ref-ZOM needed: refs in a pickle, several targets, and the source "zero" for none."""
     source = write_family(tmp_path / "set", COLLECTIONS["ref-zom_final"])
     refs = pickle.loads((source / "ref-zom" / "refs(final).p").read_bytes())
@@ -113,7 +113,7 @@ def test_the_rows_of_a_family_have_one_target(tmp_path):
     assert len(rows) > 0 and {len(row["ann_ids"]) for row in rows} == {1}
 
 
-def test_nothing_below_imports_the_front_door():
+def test_the_package_does_not_import_grefcoco():
     """Imports run one way: grefcoco.py -> grefcoco_data; the package itself imports neither it nor what is above."""
     above = {"grefcoco", "modeling", "training", "scoring", "train", "demo"}
     moving = {"augmentation", "measurement", "model_card", "recipe", "report", "sampling"}

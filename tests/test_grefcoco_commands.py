@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it leaves, how it fails; downloads from a server on this machine."""
+"""The command line: output, files and errors; downloads from a server on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import grefcoco
-from grefcoco_data import building, collections, commands, masks, official, show
+from grefcoco_data import building, collections, commands, official, show
 from grefcoco_data.annotations import read_annotations
 from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.atomic_files import sha256
@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_code_2(genuine, tmp_path, capsys, trouble):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
-    """A limit on the size of files stands for the disk: writing fails halfway either way."""
+    """A limit on the size of files acts as a full disk: writing fails halfway."""
     script = Path(grefcoco.__file__)
     options = f"--annotations {genuine} --images {genuine / 'train2014'} --out {tmp_path / 'out'}"
     command = f"ulimit -f 8; exec {sys.executable} {script} build {options} --num-proc {processes}"
@@ -100,7 +100,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
     assert "Traceback" not in done.stderr and sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
-def test_check_knows_whole_from_damaged(genuine, built, capsys):
+def test_check_finds_damage(genuine, built, capsys):
     assert run("check", genuine) == run("check", built) == 0
     printed = capsys.readouterr().out
     assert "1 images shared between splits" in printed and "not the official release" in printed
@@ -152,7 +152,7 @@ def test_official_counts_add_up():
     assert all(row[2] == sum(row[3:6]) for row in counts)
 
 
-def test_stats_and_show_leave_pictures(genuine, built, tmp_path, capsys):
+def test_stats_and_show_write_pictures(genuine, built, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for source in (genuine, built):
         assert run("stats", source, "--out", tmp_path / "stats.png") == 0
@@ -186,7 +186,7 @@ def test_export_writes_a_file_per_split(built, tmp_path, kind):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content` with ranges; breaks off after `server.limit` bytes of a body."""
+    """Serves `server.content` with ranges; stops after `server.limit` bytes of a body."""
 
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
@@ -220,7 +220,7 @@ def server() -> Iterator[http.server.HTTPServer]:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_cut_download_goes_on_where_it_stopped(server, tmp_path, ranges):
+def test_an_interrupted_download_continues(server, tmp_path, ranges):
     path, server.limit, server.ranges = tmp_path / "file", 40_000, ranges
     with pytest.raises(ValueError, match="cut off after 40000 of 128000"):
         official.download_file(server.url, path)
@@ -238,7 +238,7 @@ def test_download_killed_before_its_last_step_is_finished(server, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["file"] and server.asked == [128_000]
 
 
-def test_wrong_checksum_is_thrown_away(server, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_deleted(server, tmp_path):
     with pytest.raises(ValueError, match="sha256"):
         official.download_file(server.url, tmp_path / "file", "0" * 64)
     assert not list(tmp_path.iterdir())
@@ -251,7 +251,7 @@ def test_full_disk_ends_a_download_in_one_line(server, tmp_path):
     assert not (tmp_path / "file").exists()
 
 
-def test_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_partial_download(server, tmp_path, monkeypatch):
     copy = official._copy
 
     def full(response: object, partial: Path, have: int, total: int) -> None:
@@ -296,15 +296,17 @@ def test_flags_of_several_words_have_two_spellings(genuine, tmp_path, form):
     assert "bad image, skipped" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_flags_are_not_abbreviated_and_values_not_changed():
+def test_flags_are_not_abbreviated_and_values_not_changed(capsys):
     parser = ArgumentParser()
     parser.add_argument("--out-file")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args(["--out_file=my_file", "--", "--a_b", "c_d"])
     assert options.out_file == "my_file" and options.names == ["--a_b", "c_d"]
     assert parser.parse_args(["--out_file", "x_y"]).out_file == "x_y"
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         parser.parse_args(["--out", "x"])
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.count("\n") == 1 and "--out" in line
 
 
 def test_download_is_a_command_of_its_own(server, genuine, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The reader against what files can hold: every kind of damage ends in a named problem or one clear error."""
+"""Reading damaged files: every kind of damage gives a named problem or one clear error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def change(path: Path, edit: object) -> None:
 # ---- annotations -------------------------------------------------------------------------------------------------
 
 
-def test_refs_and_objects_meet_by_image(genuine):
+def test_refs_and_objects_are_paired_by_image(genuine):
     notes = annotations.read_annotations(genuine)
     assert not notes.problems
     assert list(notes.splits) == ["train", "val", "testA", "testB"]
@@ -64,7 +64,7 @@ def test_annotations_are_parsed_once_until_a_file_changes(genuine):
     assert annotations.read_annotations(genuine).categories[-1]["name"] == "kite"
 
 
-TROUBLE = {
+PROBLEMS = {
     "duplicate image id": ("instances.json", lambda x: x["images"].append(x["images"][0])),
     "annotation of an unknown image": ("instances.json", lambda x: x["annotations"][0].update(image_id=1)),
     "duplicate annotation id": ("instances.json", lambda x: x["annotations"].append(x["annotations"][0])),
@@ -79,11 +79,11 @@ TROUBLE = {
 }
 
 
-@pytest.mark.parametrize("kind", TROUBLE)
-def test_trouble_is_counted_and_named(genuine, kind):
-    change(genuine / TROUBLE[kind][0], TROUBLE[kind][1])
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_problems_are_counted_and_named(genuine, kind):
+    change(genuine / PROBLEMS[kind][0], PROBLEMS[kind][1])
     problems = annotations.read_annotations(genuine).problems
-    assert [len(names) for found, names in problems.items() if found.startswith(kind)] == [1]
+    assert [len(names) for name, names in problems.items() if name.startswith(kind)] == [1]
 
 
 WRONG = {
@@ -97,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_is_no_annotation_file_is_one_error(genuine, message):
+def test_a_file_that_is_not_an_annotation_file_is_one_error(genuine, message):
     name, text = WRONG[message]
     (genuine / name).write_text(text)
     with pytest.raises(ValueError, match=r"(?i)" + message.replace("[", r"\[")) as error:
@@ -185,11 +185,11 @@ class Canary:
 def test_crafted_pickles_are_refused(genuine, tmp_path, content):
     as_family(genuine, 2)
     path = genuine / "refcoco" / "refs(unc).p"
-    made = {"canary": pickle.dumps([Canary(tmp_path / "sung")]), "cut": path.read_bytes()[:-40], "text": b"refs"}
+    made = {"canary": pickle.dumps([Canary(tmp_path / "created")]), "cut": path.read_bytes()[:-40], "text": b"refs"}
     path.write_bytes(made[content])
     with pytest.raises(ValueError, match="not a pickle of plain values"):
         annotations.read_annotations(genuine, "refcoco_unc")
-    assert not (tmp_path / "sung").exists()
+    assert not (tmp_path / "created").exists()
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -230,14 +230,14 @@ def test_damaged_zips_are_refused(tmp_path, genuine):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises pixels it does not have: cheap to write, ruinous to decode."""
+    """The header of a PNG without its pixels: small on disk, expensive to decode."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + head
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (5_000, 5_000)])
-def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
+def test_decompression_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
     (tmp_path / "a.jpg").write_bytes(png_header(width, height))
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(ValueError, match=r"a\.jpg"):
@@ -251,7 +251,7 @@ def test_deflate_bomb_in_a_zip_is_refused(tmp_path):
         images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
 
 
-def test_truncation_is_seen_at_any_length(genuine, tmp_path):
+def test_truncation_is_detected_at_any_length(genuine, tmp_path):
     whole = next((genuine / "train2014").iterdir()).read_bytes()
     for length in range(0, len(whole) - 2, 97):
         (tmp_path / "a.jpg").write_bytes(whole[:length])
@@ -259,13 +259,13 @@ def test_truncation_is_seen_at_any_length(genuine, tmp_path):
             images.read_image(images.ImageFolder(tmp_path), record())
 
 
-def test_whole_image_with_junk_behind_it_is_kept(genuine, tmp_path):
+def test_a_complete_image_with_bytes_after_it_is_accepted(genuine, tmp_path):
     data = next((genuine / "train2014").iterdir()).read_bytes() + b"\0\0"
     (tmp_path / "a.jpg").write_bytes(data)
     assert images.read_image(images.ImageFolder(tmp_path), record()) == data
 
 
-def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
+def test_images_of_the_hub_are_downloaded_by_folder(tmp_path, monkeypatch):
     asked = []
 
     def fetch(name: str, repo_type: str, allow_patterns: list[str]) -> str:
@@ -278,7 +278,7 @@ def test_images_of_the_hub_are_fetched_by_folder(tmp_path, monkeypatch):
     assert asked == [("me/coco", "dataset", ["train2014", "train2014/*"])] and images.local_images("a.zip") == "a.zip"
 
 
-def test_paths_of_the_hub_that_name_nothing_are_one_error(tmp_path, monkeypatch):
+def test_wrong_hub_paths_are_one_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="hf://datasets/OWNER/NAME/PATH"):
         images.local_images("hf://datasets/me")
     monkeypatch.setattr(images, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
@@ -295,7 +295,7 @@ def test_paths_of_the_hub_that_name_nothing_are_one_error(tmp_path, monkeypatch)
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_valid_polygons_are_pycocotools_own(rings):
+def test_valid_polygons_give_the_masks_of_pycocotools(rings):
     polygons = [[float(x) for point in ring for x in point] for ring in rings]
     rle, fault = masks.to_rle(polygons, HEIGHT, WIDTH)
     assert fault is None
@@ -321,12 +321,12 @@ def test_any_rle_gives_a_mask_of_the_image(segmentation):
 
 @given(st.binary(min_size=HEIGHT * WIDTH // 8, max_size=HEIGHT * WIDTH // 8))
 @settings(max_examples=50, deadline=None)
-def test_rle_comes_back_as_it_went(packed):
+def test_rle_round_trip(packed):
     mask = np.unpackbits(np.frombuffer(packed, np.uint8)).reshape(HEIGHT, WIDTH)
     rle = coco_mask.encode(np.asfortranarray(mask))
     for counts in (rle["counts"].decode(), masks._decoded_counts(rle["counts"].decode())):
-        found, fault = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
-        assert fault is None and found["counts"].encode() == rle["counts"]
+        copy, fault = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
+        assert fault is None and copy["counts"].encode() == rle["counts"]
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=30, max_codepoint=130), max_size=40))
@@ -355,7 +355,7 @@ def test_bad_segmentations_are_named(segmentation, reason):
     assert reason in masks.to_rle(segmentation, HEIGHT, WIDTH)[1]
 
 
-def test_crowds_count_only_alone():
+def test_crowds_count_only_without_other_targets():
     def rle(*counts: int) -> dict:
         return masks.to_rle({"size": [4, 1], "counts": list(counts)}, 4, 1)[0]
 
@@ -367,7 +367,7 @@ def test_crowds_count_only_alone():
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 @settings(max_examples=60, deadline=None)
-def test_masks_come_back_as_they_went(height, width, data):
+def test_mask_round_trip(height, width, data):
     bits = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
     mask = np.array(bits).reshape(height, width)
     rle = masks.encode_mask(mask)
@@ -445,7 +445,7 @@ print(loaded, refused)
 
 
 def fuzz(genuine: Path, seed: int, count: int) -> tuple[int, int]:
-    """Run in a process of its own, for a crash in C code to be seen as one."""
+    """Run in another process, so that a crash in C code is a failure of the test."""
     small = json.loads((genuine / "grefs(unc).json").read_text())[:6]
     write_json(genuine / "grefs(unc).json", small)
     change(genuine / "instances.json", lambda x: x.update(images=x["images"][:2], annotations=x["annotations"][:8]))

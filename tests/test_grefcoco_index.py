@@ -1,4 +1,4 @@
-"""GRefer and the exports against what the original grefer.py and converter gave, then where those failed."""
+"""GRefer and the exports: the results of the original grefer.py and converter, and better ones where those fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def crc(mask: np.ndarray) -> int:
     return zlib.crc32(coco_mask.encode(np.asfortranarray(mask))["counts"])
 
 
-def test_masks_and_boxes_are_the_originals(refer):
+def test_masks_and_boxes_equal_the_original(refer):
     for ref_id, expected in EXPECTED["refs"].items():
         if (ref := refer.Refs.get(int(ref_id))) is None:
             continue  # a ref without sentences on an image without any is in no built row
@@ -60,12 +60,12 @@ def test_masks_and_boxes_are_the_originals(refer):
         assert merged["empty"] == expected["empty"] and merged["mask"].dtype == np.uint8
         assert (crc(merged["mask"]), merged["mask"].sum()) == (expected["mask"], expected["area"])
         each = [] if expected["empty"] else refer.getMaskByRef(ref)
-        assert [crc(found["mask"]) for found in each] == expected["each"]
-        assert all(found["area"] == found["mask"].sum() and found["mask"].max() <= 1 for found in each)
+        assert [crc(result["mask"]) for result in each] == expected["each"]
+        assert all(result["area"] == result["mask"].sum() and result["mask"].max() <= 1 for result in each)
         assert np.allclose(refer.getRefBox(ref["ref_id"]), expected["boxes"] or [], rtol=1e-6)
 
 
-def test_calls_answer_as_the_originals(refer, original):
+def test_calls_equal_the_original(refer, original):
     calls = EXPECTED["calls"]
     image_id = original.getImgIds()[0]
     assert refer.getRefIds(cat_ids=1) == refer.getRefIds(cat_ids=[1]) == calls["getRefIds cat 1"]
@@ -99,7 +99,7 @@ def test_loading_by_id(original):
     assert original.annToRef[1390] == [ref] and ref in original.catToRefs[32]
 
 
-def test_where_the_original_fails(tiny):
+def test_cases_in_which_the_original_fails(tiny):
     change = json.loads((tiny / "grefs(unc).json").read_text())
     change[0]["ref_id"] = 0
     write_json(tiny / "grefs(unc).json", change)
@@ -136,7 +136,7 @@ def test_odd_lists_of_ids(tiny):
     assert len(refer.getMaskByRef(refs[1])) == len(refer.getRefBox(refs[1]["ref_id"])) == 2
 
 
-def test_boxes_of_a_built_folder_are_the_files_decimals(original, rebuilt):
+def test_boxes_of_a_built_folder_equal_the_files(original, rebuilt):
     assert all(rebuilt.getRefBox(ref_id) == original.getRefBox(ref_id) for ref_id in rebuilt.Refs)
 
 
@@ -154,13 +154,13 @@ def test_dangling_ids_are_one_error(tiny):
         grefcoco.GRefer(tiny)
 
 
-def test_refs_without_sentences_survive_building(tiny):
+def test_refs_without_sentences_are_in_a_build(tiny):
     refs = json.loads((tiny / "grefs(unc).json").read_text())
     refs[1]["sentences"] = []
     write_json(tiny / "grefs(unc).json", refs)
     grefcoco.build(tiny, tiny / "train2014", tiny / "built")
-    found = grefcoco.GRefer(tiny / "built")
-    assert found.Refs[refs[1]["ref_id"]]["ann_id"] == refs[1]["ann_id"] and len(found.Refs) == len(refs)
+    refer = grefcoco.GRefer(tiny / "built")
+    assert refer.Refs[refs[1]["ref_id"]]["ann_id"] == refs[1]["ann_id"] and len(refer.Refs) == len(refs)
 
 
 @pytest.mark.parametrize("built", [False, True])
@@ -203,7 +203,7 @@ def test_drawing(tiny, rebuilt, capsys):
     pyplot.close()
 
 
-def test_mdetr_export_is_the_converters(original):
+def test_mdetr_export_equals_the_converter(original):
     expected = json.loads((GOLDENS / "coco_format.json").read_text())
     made = dict(mdetr_format(original))
     assert list(made) == ["testA", "testB", "val", "train"]

@@ -1,4 +1,4 @@
-"""The fast reading of instances.json against `json` itself: equal content, whatever the file looks like."""
+"""The fast reader of instances.json gives the content that `json` gives, for every layout of the file."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def reads(folder: Path, text: bytes) -> tuple[object, object]:
     """What both ways of reading give: arrays made lists again, None for a refusal."""
     path = folder / "instances.json"
     path.write_bytes(text)
-    found = []
+    contents = []
     for as_lists in (False, True):
         try:
             content = annotation_json.read_instances(path, as_lists)
         except ValueError as error:
             assert str(path) in str(error)
             content = None
-        found.append(json.loads(json.dumps(content, default=np.ndarray.tolist)))
-    return tuple(found)
+        contents.append(json.loads(json.dumps(content, default=np.ndarray.tolist)))
+    return tuple(contents)
 
 
 @given(st.lists(st.tuples(SEGMENTATIONS, TEXT, TEXT), max_size=6), st.sampled_from(FORMS))
@@ -63,13 +63,13 @@ def test_polygons_are_arrays_or_shared_lists(tmp_path, batch, form):
     text = json.dumps(json.loads(source.read_text()), **form)
     assert reads(tmp_path, text.encode()) == (json.loads(text),) * 2
     for as_lists, kind in ((False, np.ndarray), (True, list)):
-        found = annotation_json.read_instances(tmp_path / "instances.json", as_lists)["annotations"]
-        rings = [ring for item in found if isinstance(item["segmentation"], list) for ring in item["segmentation"]]
+        items = annotation_json.read_instances(tmp_path / "instances.json", as_lists)["annotations"]
+        rings = [ring for item in items if isinstance(item["segmentation"], list) for ring in item["segmentation"]]
         assert len(rings) > 10 and all(type(ring) is kind for ring in rings)
         assert not as_lists or batch < 1000 or rings[0][1] is rings[0][3], "equal numbers should be one object"
 
 
-CROOKED = {
+BROKEN = {
     "number missing": b'{"annotations": [{"segmentation": [[1, , 2]]}]}',
     "comma missing": b'{"annotations": [{"segmentation": [[1 2, 3]]}]}',
     "two lines": b'{"annotations": [{"segmentation": [[1\n2, 3]]}]}',
@@ -83,12 +83,12 @@ CROOKED = {
 }
 
 
-@pytest.mark.parametrize("name", CROOKED)
-def test_crooked_files_are_refused(tmp_path, name):
-    assert reads(tmp_path, CROOKED[name]) == (None, None)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused(tmp_path, name):
+    assert reads(tmp_path, BROKEN[name]) == (None, None)
 
 
-ODD = {
+UNUSUAL = {
     "infinite": '{"annotations": [{"segmentation": [[1, 1e999]]}]}',
     "twice": '{"annotations": [{"segmentation": [[1, 2]], "segmentation": [[3, 4]]}]}',
     "elsewhere": '{"images": [{"segmentation": [[1, 2]]}], "annotations": [{"segmentation": [[3, 4]]}]}',
@@ -101,16 +101,18 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_files_read_as_json_reads_them(tmp_path, name):
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_files_give_the_content_of_json(tmp_path, name):
     path = tmp_path / "instances.json"
-    path.write_text(ODD[name])
+    path.write_text(UNUSUAL[name])
     for as_lists in (False, True):
-        found = annotation_json.read_instances(path, as_lists)
-        assert json.dumps(found, default=np.ndarray.tolist).replace(".0", "") == json.dumps(json.loads(ODD[name]))
+        content = annotation_json.read_instances(path, as_lists)
+        assert json.dumps(content, default=np.ndarray.tolist).replace(".0", "") == json.dumps(
+            json.loads(UNUSUAL[name])
+        )
 
 
-def test_flipped_bytes_never_change_the_structure(tmp_path):
+def test_flipped_bytes_give_the_content_of_json_or_an_error(tmp_path):
     """Whatever a flipped byte does, the result is what `json` gives, or both refuse (but for `01` and `1.`)."""
     made = random.Random(0)
     text = (write_genuine(tmp_path / "set") / "instances.json").read_bytes()

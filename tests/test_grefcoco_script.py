@@ -37,7 +37,7 @@ def genuine(tmp_path: Path) -> Path:
 
 
 def load(script: Path | str, cwd: Path, *options: str, num_proc: int = 1) -> subprocess.CompletedProcess:
-    """Run in `cwd` with nothing of the repository on the path."""
+    """Run in `cwd` without the repository on the path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PYTHONSAFEPATH": "1", "HF_HOME": str(cwd / "home")}
     command = [os.environ["PYTHON_WITH_DATASETS_3"], "-c", LOAD, str(script), str(num_proc), *options]
@@ -46,9 +46,9 @@ def load(script: Path | str, cwd: Path, *options: str, num_proc: int = 1) -> sub
 
 def rows(done: subprocess.CompletedProcess) -> dict[str, list[dict]]:
     assert done.returncode == 0, done.stderr
-    found, pictures = json.loads(done.stdout.splitlines()[-1])
-    assert all(pictures[split] == [[row["width"], row["height"]] for row in part] for split, part in found.items())
-    return found
+    splits, sizes = json.loads(done.stdout.splitlines()[-1])
+    assert all(sizes[split] == [[row["width"], row["height"]] for row in part] for split, part in splits.items())
+    return splits
 
 
 def expected(genuine: Path) -> dict[str, list[dict]]:
@@ -57,7 +57,7 @@ def expected(genuine: Path) -> dict[str, list[dict]]:
 
 
 def test_script_gives_the_same_rows(genuine, tmp_path):
-    """From any folder; from the folder and the zip; in processes; and new rows once a file has changed."""
+    """From any folder, from a folder or zip of images, in processes, and with new rows after a file has changed."""
     options = ["annotations=set", "images=set/train2014"]
     assert rows(load(ROOT / "grefcoco.py", tmp_path, *options)) == expected(genuine)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -71,7 +71,7 @@ def test_script_gives_the_same_rows(genuine, tmp_path):
     assert rows(in_zip) == expected(genuine)
 
 
-def test_script_by_its_bare_name_and_without_its_folder(genuine, tmp_path):
+def test_script_by_its_name_and_without_the_package(genuine, tmp_path):
     place = tmp_path / "checkout"
     place.mkdir()
     shutil.copy(ROOT / "grefcoco.py", place)

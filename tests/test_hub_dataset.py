@@ -1,4 +1,4 @@
-"""The data set by way of a Hub: built and pushed by one process, loaded by others that know nothing but its id."""
+"""The data set on a Hub: built and pushed by one process, loaded by others by its id alone."""
 
 import json
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def test_pushing_again_uploads_what_changed(hub: Hub, genuine: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_shards_of_a_former_build_leave_the_repository(hub: Hub, genuine: Path) -> None:
+def test_shards_of_an_earlier_build_are_deleted_from_the_repository(hub: Hub, genuine: Path) -> None:
     assert push(hub, genuine).returncode == 0
     repo = hub.repository("dataset", "me/grefcoco")
     files = repo.files("main")
@@ -175,10 +175,10 @@ def test_upload_survives_faults_or_completes_when_run_again(
 @pytest.mark.slow
 def test_stream_survives_errors_and_cut_connections(hub: Hub, genuine: Path, tmp_path: Path) -> None:
     assert push(hub, genuine).returncode == 0
-    whole = rows(load(hub, tmp_path / "calm", True))
+    expected = rows(load(hub, tmp_path / "undisturbed", True))
     hub.fail("GET", "/resolve/.*testA", after=1000)
     hub.fail("GET", "/resolve/.*testA", status=503)
-    assert rows(load(hub, tmp_path / "stormy", True)) == whole
+    assert rows(load(hub, tmp_path / "disturbed", True)) == expected
     assert not any(fault.times for fault in hub.faults), "a fault never happened"
 
 

@@ -1,4 +1,4 @@
-"""From the wheel alone, in a fresh environment and far from the repository: share a data set and a model, use both."""
+"""The wheel in a new environment, without the repository: every command runs, a data set and a model are shared."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from tests.tiny_rela import SMALL
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import grefcoco
-assert "site-packages" in grefcoco.__file__, "this is not what the wheel installed"
+assert "site-packages" in grefcoco.__file__, "this is not the installed module"
 rows = grefcoco.load("me/grefcoco", split="testA", streaming=True)
 print(len([row["image"].size for row in rows]))
 """

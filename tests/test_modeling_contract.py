@@ -117,6 +117,8 @@ def test_every_logit_above_zero_is_target_at_the_default_threshold() -> None:
     for threshold, covered in ((0.0, 1), (0.49, 1), (0.51, 0), (1.0, 0)):
         answers = processor.post_process_referring_segmentation(outputs, threshold)
         assert [answer["mask"].float().mean() for answer in answers] == [covered] * 3
+    with pytest.raises(ValueError, match=r"threshold=1\.5"):
+        processor.post_process_referring_segmentation(outputs, 1.5)
 
 
 def test_mdetr_has_no_masks_and_says_so() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
 from modeling.new_models import refuse_unknown, word_tokenizer
 from modeling.training_rela import parameter_groups
-from tests.tiny_training import ROOT, make_dataset, run, tiny
+from tests.processes import fork, start_group
+from tests.tiny_training import ROOT, tiny, train_and_die, train_here
 from training.sampling import SentenceBatchSampler
 from training.schedule import rate_factor
 
@@ -22,8 +24,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+def dataset(scenes_dataset):
+    return scenes_dataset
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -84,12 +86,11 @@ def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_data_set_is_one_clear_line(tmp_path):
-    done = run(
-        "train.py", ROOT / "recipes/unified.yaml", "--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"
-    )
-    assert done.returncode == 2
-    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
+def test_a_missing_data_set_is_one_clear_line(tmp_path, capfd):
+    flags = ["--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"]
+    assert train_here(ROOT / "recipes/unified.yaml", *flags) == 2
+    errors = capfd.readouterr().err
+    assert "nowhere" in errors and "Traceback" not in errors
 
 
 def test_an_epoch_holds_each_sentence_once_in_groups_of_one_image():
@@ -147,12 +148,8 @@ def test_towers_have_rates_of_their_own():
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
-    """The folder of a whole run."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    done = run("train.py", *tiny(dataset, out, eval_steps=4))
-    assert done.returncode == 0, done.stderr
-    return out
+def finished(finished_run):
+    return finished_run
 
 
 def test_a_run_leaves_report_pictures_metrics_and_model(finished, dataset, tmp_path):
@@ -167,8 +164,7 @@ def test_a_run_leaves_report_pictures_metrics_and_model(finished, dataset, tmp_p
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert {"config.json", "model.safetensors", "modeling_rela.py"} <= {p.name for p in (out / "checkpoint").iterdir()}
     again = ["--checkpoint", out / "checkpoint", "--dataset", dataset, "--per_device_train_batch_size", 8]
-    done = run("train.py", "--eval_only", *again, "--output_dir", tmp_path / "again", "--split", "val")
-    assert done.returncode == 0, done.stderr
+    assert train_here("--eval_only", *again, "--output_dir", tmp_path / "again", "--split", "val") == 0
     repeated = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert repeated["gres"] == metrics["gres"]
 
@@ -185,42 +181,38 @@ def test_the_ten_lines_of_the_readme(finished, dataset, capsys):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, dataset, tmp_path):
-    flags = tiny(dataset, tmp_path / "part", eval_steps=4, checkpointing_steps=5)
-    code = "import os, train; save = train.Run.save_checkpoint\n"
-    code += "def killed(self): save(self); os.kill(os.getpid(), 9)\n"
-    code += f"train.Run.save_checkpoint = killed; train.main({flags!r})"
-    assert run("-c", code).returncode == -9
+    flags = tiny(dataset, tmp_path / "part", eval_steps=3, checkpointing_steps=5)
+    assert fork(train_and_die, "backward", 7, signal.SIGKILL, *flags).returncode == -9
     assert not (tmp_path / "part" / "checkpoint").exists()
-    resumed = run("train.py", *flags, "--resume_from_checkpoint", "latest")
+    resumed = fork(train_here, *flags, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr
     first, second = (load_file(out / "checkpoint" / "model.safetensors") for out in (finished, tmp_path / "part"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(dataset, tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(dataset, tmp_path, capfd, caplog):
     flags = tiny(dataset, tmp_path / "out", checkpointing_steps=3)
-    assert run("train.py", *flags).returncode == 0
+    assert train_here(*flags) == 0
     newest = tmp_path / "out" / "checkpoints" / "step-00000006"
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    done = run("train.py", *flags, "--resume_from_checkpoint", newest)
-    assert done.returncode == 2 and "model.safetensors is damaged; choose another" in done.stderr
-    done = run("train.py", *flags, "--resume_from_checkpoint", "latest")
-    assert done.returncode == 0, done.stderr
-    assert "model.safetensors is damaged; trying the one before" in done.stderr
+    assert train_here(*flags, "--resume_from_checkpoint", newest) == 2
+    assert "model.safetensors is damaged; choose another" in capfd.readouterr().err
+    assert train_here(*flags, "--resume_from_checkpoint", "latest") == 0
+    assert "model.safetensors is damaged; trying the one before" in caplog.text
 
 
 @pytest.mark.slow
 def test_two_processes_train_together_and_measure_as_one_does(dataset, tmp_path):
     flags = tiny(dataset, tmp_path / "two", per_device_train_batch_size=4)
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", *flags)
-    assert done.returncode == 0, done.stderr
+    for process in start_group(2, train_here, *flags):
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert together["train"]["sentences"] == 8 * 4 * 2, "the processes did not find each other"
     again = ["--checkpoint", tmp_path / "two" / "checkpoint", "--dataset", dataset, "--per_device_train_batch_size", 4]
-    done = run("train.py", "--eval_only", *again, "--output_dir", tmp_path / "one")
-    assert done.returncode == 0, done.stderr
+    assert train_here("--eval_only", *again, "--output_dir", tmp_path / "one") == 0
     assert json.loads((tmp_path / "one" / "metrics.json").read_text())["gres"] == together["gres"]

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,7 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from tests.hub_server import Hub
-from tests.tiny_training import ROOT, make_dataset, run, tiny, train_here
+from tests.processes import start_group
+from tests.sizes import LARGE
+from tests.tiny_training import ROOT, run, tiny, train_here
 
 MDETR = {
     "model_type": "mdetr",
@@ -41,8 +46,8 @@ MDETR = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+def dataset(scenes_dataset):
+    return scenes_dataset
 
 
 def weights(out: Path, name: str = "checkpoint") -> dict[str, torch.Tensor]:
@@ -87,7 +92,7 @@ def test_two_processes_are_one(one, dataset, tmp_path):
     out = tmp_path / "two"
     flags = plain(dataset, out, per_device_train_batch_size=4)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    done = run(*torchrun, *flags, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run(*torchrun, *flags)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["train"]["sentences"] == 6 * 4 * 2, "the processes did not find each other"
@@ -95,45 +100,42 @@ def test_two_processes_are_one(one, dataset, tmp_path):
     assert close(weights(one), weights(out))
 
 
-SHARDED = """
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-import train
+def train_sharded(*flags: object) -> int:
+    """Run train.py with FSDP on CPUs: Accelerate keeps it to accelerators, torch does not."""
+    init = AcceleratorState.__init__
 
-init = AcceleratorState.__init__
+    def sharded(self: AcceleratorState, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
 
-def sharded(self, *args, **kwargs):
-    init(self, *args, **kwargs)
-    self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
-    self.distributed_type = DistributedType.FSDP
+    AcceleratorState.__init__ = sharded
+    return train_here(*flags)
 
-AcceleratorState.__init__ = sharded
-train.main()
-"""  # Accelerate keeps FSDP to accelerators; torch's own works on CPUs too
+
+def train_together(function: Callable[..., int], *flags: object, **variables: str) -> list[CompletedProcess]:
+    return [process.wait() for process in start_group(2, function, *flags, **variables)]
 
 
 @pytest.mark.slow
 def test_sharded_weights_are_whole_ones(dataset, tmp_path):
-    script, environment = tmp_path / "sharded.py", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script.write_text(SHARDED)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = {"per_device_train_batch_size": 4, "max_train_steps": 6, "checkpointing_steps": 4}
-    done = run(*torchrun, "train.py", *tiny(dataset, tmp_path / "whole", **flags), env=environment)
-    assert done.returncode == 0, done.stderr
-    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-    environment |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-    command = [*torchrun, script, *tiny(dataset, tmp_path / "parts", **flags)]
-    done = run(*command, env=environment)
-    assert done.returncode == 0, done.stderr
+    for done in train_together(train_here, *tiny(dataset, tmp_path / "whole", **flags)):
+        assert done.returncode == 0, done.stderr
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    fsdp |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    parts = tiny(dataset, tmp_path / "parts", **flags)
+    for done in train_together(train_sharded, *parts, **fsdp):
+        assert done.returncode == 0, done.stderr
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert found.keys() == expected.keys() and close(expected, found)
     checkpoint = tmp_path / "parts" / "checkpoints" / "step-00000004"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "nothing was sharded"
-    done = run(*command, "--resume_from_checkpoint", "latest", env=environment)
-    assert done.returncode == 0, done.stderr
+    for done in train_together(train_sharded, *parts, "--resume_from_checkpoint", "latest", **fsdp):
+        assert done.returncode == 0, done.stderr
     assert all(torch.equal(found[name], value) for name, value in weights(tmp_path / "parts").items())
-    done = run(*command, "--ema_decay", "0.9", env=environment)
-    assert done.returncode != 0 and "train.py: ema_decay is 0.9, and with FSDP" in done.stderr
+    for done in train_together(train_sharded, *parts, "--ema_decay", "0.9", **fsdp):
+        assert done.returncode == 2 and "train.py: ema_decay is 0.9, and with FSDP" in done.stderr
 
 
 def test_checkpointed_activations_are_the_same(one, dataset, tmp_path):
@@ -142,8 +144,17 @@ def test_checkpointed_activations_are_the_same(one, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_same(one, dataset, tmp_path):
+def test_a_compiled_run_is_the_same(one, dataset, tmp_path, monkeypatch):
+    """The graph and its gradients as torch.compile makes them; with LARGE also the C++ code, minutes of g++."""
+    backends, compile_module = [], torch.nn.Module.compile
+
+    def compile_graph(module: torch.nn.Module) -> None:
+        backends.append("inductor" if LARGE else "aot_eager")
+        compile_module(module, backend=backends[-1])
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_graph)
     assert train_here(*plain(dataset, tmp_path / "out"), "--torch_compile") == 0
+    assert len(backends) == 1, "nothing was compiled"
     assert close(weights(one), weights(tmp_path / "out"), 1e-4)
 
 
@@ -173,12 +184,8 @@ def test_frozen_parameters_stay(dataset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
-    """A run with a tracker and a best model."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    flags = tiny(dataset, out, eval_steps=3, category_warmup_steps=0)
-    assert train_here(*flags, "--report_to", "tensorboard", "--metric_for_best_model", "gIoU") == 0
-    return out
+def finished(finished_run):
+    return finished_run
 
 
 def test_the_best_model_is_kept(finished):
@@ -216,7 +223,7 @@ def test_the_card_holds_the_scores_the_recipe_and_the_data(finished, dataset):
 
 
 def test_every_flag_has_a_help_text_and_a_user():
-    code = (ROOT / "train.py").read_text()
+    code = "".join((ROOT / name).read_text() for name in ("train.py", "training/families.py"))
     for flag in dataclasses.fields(train.TrainConfig):
         assert len(flag.metadata["help"]) > 10
         assert f"config.{flag.name}" in code, flag.name
@@ -256,7 +263,7 @@ def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
     with Hub(tmp_path / "hub", {"hf_me": "me"}) as hub:
 
         def shell(script: str, *flags: object) -> None:
-            done = hub.python(author, ROOT / script, *flags, token="hf_me", OMP_NUM_THREADS="1")
+            done = hub.python(author, ROOT / script, *flags, token="hf_me")
             assert done.returncode == 0, done.stderr
 
         scenes = dataset.parent / "scenes"
@@ -274,7 +281,7 @@ def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
         assert "split testA" in (tmp_path / "testA" / "report.md").read_text()
         code = "from transformers import pipeline\n"
         code += "pipeline('referring-segmentation', 'me/rela', trust_remote_code=True)\n"
-        used = hub.python(user, "-c", code, token=None, OMP_NUM_THREADS="1")
+        used = hub.python(user, "-c", code, token=None)
         assert used.returncode == 0, used.stderr
-        refused = hub.python(author, ROOT / "train.py", *flags, token="hf_nobody", OMP_NUM_THREADS="1")
+        refused = hub.python(author, ROOT / "train.py", *flags, token="hf_nobody")
         assert refused.returncode == 2 and "Traceback" not in refused.stderr

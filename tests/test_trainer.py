@@ -15,14 +15,14 @@ from modeling.modeling_rela import RelaModel
 from modeling.trainer_metrics import TrainerMetrics
 from tests import tiny_mdetr
 from tests.tiny_rela import INSTANCES, expression_rows, tiny_config, tiny_processor
-from tests.tiny_training import ROOT, make_dataset, tiny, train_here
+from tests.tiny_training import ROOT, tiny, train_here
 
 GRES, GREC = (evaluate.load(str(ROOT / "evaluate" / name)) for name in ("gres", "grec"))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+def dataset(scenes_dataset):
+    return scenes_dataset
 
 
 def arguments(out, **changes: object) -> TrainingArguments:

@@ -93,7 +93,7 @@ def object_records(image_id: int) -> list[dict]:
 
 
 def ref_records(image_id: int, split: str) -> list[dict]:
-    """No target, one, two in descending order, a crowd beside another, a crowd alone."""
+    """No target, one, two in descending order, a crowd and an object, only a crowd."""
     first = image_id * 10
     wanted = [[-1], [first], [first + 2, first + 1], [first + 3, first], [first + 3]]
     return [

@@ -1,10 +1,18 @@
 """A data set and a recipe with which train.py runs in seconds."""
 
+import itertools
+import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
+import psutil
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 import train
@@ -26,15 +34,42 @@ def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
 
 
-def train_here(*flags: object) -> int:
-    """train.py in this process: as much as a process of its own does but for the imports. Returns the exit code."""
+def train_here(*flags: object, pictures: bool = False) -> int:
+    """Run train.py in this process, without its imports and drawings. Returns the exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    try:
-        train.main([str(flag) for flag in flags])
-    except SystemExit as stop:
-        return stop.code
+    # drawing takes two thirds of a tiny run
+    drawings = {} if pictures else {"draw_answers": no_picture, "draw_learning_curve": no_picture}
+    with mock.patch.multiple(train, **drawings) if drawings else nullcontext():
+        try:
+            train.main([str(flag) for flag in flags])
+        except SystemExit as stop:
+            return stop.code
     return 0
+
+
+def train_and_die(method: str, call: int, number: int, *flags: object) -> int:
+    """Run train.py, and send this process signal `number` after the `call`-th call of an Accelerator's `method`.
+
+    SIGKILL takes the data loader's processes along.
+    """
+    original, calls = getattr(Accelerator, method), itertools.count(1)
+
+    def call_and_signal(*arguments: object, **options: object) -> object:
+        result = original(*arguments, **options)
+        if next(calls) == call:
+            for child in psutil.Process().children() if number == signal.SIGKILL else []:
+                child.kill()
+            os.kill(os.getpid(), number)
+        return result
+
+    with mock.patch.object(Accelerator, method, call_and_signal):
+        return train_here(*flags)
+
+
+def no_picture(*arguments: object) -> np.ndarray:
+    """Stand in for a drawing of train.py: a black pixel for the tracker, and no file."""
+    return np.zeros((1, 1, 3), np.uint8)
 
 
 def tiny(dataset: Path, out: Path, **flags: object) -> list[str]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-import modeling  # noqa: F401 (makes the families known to the auto classes)
+import modeling  # noqa: F401 (registers the families with the auto classes)
 from modeling import training_mdetr, training_rela
 from training.config import TrainConfig
 
