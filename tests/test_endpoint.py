@@ -4,8 +4,6 @@ import base64
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,8 +20,8 @@ from scoring.__main__ import main
 from scoring.answers import parse_answer
 from scoring.endpoint import Endpoint
 from scoring.grammars import format_answer, prompt
+from tests.processes import Forked
 from tests.tiny_grefcoco import write_genuine
-from tests.tiny_training import ROOT
 
 
 class Server:
@@ -222,20 +220,24 @@ def _asked(server: Server, rows: list[dict]) -> list[tuple[str, dict]]:
     ]
 
 
-@pytest.mark.slow
+def run_predict(arguments: list[str]) -> int:
+    from scoring.__main__ import main
+
+    return main(arguments)
+
+
 def test_a_killed_run_goes_on_to_the_same_file(dataset, tmp_path):
     rows = list(grefcoco.load(dataset, split="train"))
     with Server("qwen3", rows) as server:
         assert main(predict(server, dataset, tmp_path / "whole.jsonl")) == 0
         asked, server.delay = len(server.requests), 0.3
-        command = [sys.executable, "-m", "scoring", *predict(server, dataset, tmp_path / "part.jsonl")]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = Forked(run_predict, predict(server, dataset, tmp_path / "part.jsonl"))
         part = tmp_path / "part.jsonl.part"
         deadline = time.monotonic() + 120
         while not (part.exists() and part.read_bytes().count(b"\n") >= 8) and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        running.process.kill()
+        assert running.wait().returncode == -signal.SIGKILL
         assert not (tmp_path / "part.jsonl").exists()
         with part.open("a") as file:
             file.write('{"sent_id": 1, "bo')

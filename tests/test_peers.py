@@ -1,8 +1,6 @@
 """Models of other projects: the real classes of transformers, tiny and random, loaded from folders by their type."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +18,9 @@ from scoring.__main__ import main
 from scoring.answers import Answer
 from scoring.peers import FAMILIES, Segmented, Segmenter, load_peer, once_per_image
 from tests import tiny_peers
+from tests.processes import start_group
 from tests.tiny_grefcoco import write_genuine
-from tests.tiny_training import ROOT, train_here
+from tests.tiny_training import train_here
 
 SENTENCES = ["red cat", "the man no. 5, on the left side of all the others? that are really there", "a"]
 SIZES = [(64, 48), (40, 64)]
@@ -229,14 +228,19 @@ def test_any_model_is_one_command_from_its_scores(dataset, tmp_path, capsys):
     assert "always empty" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+def predict(arguments: list[str]) -> int:
+    from scoring.__main__ import main
+
+    return main(arguments)
+
+
 def test_two_processes_write_the_file_of_one(dataset, tmp_path):
     model = tiny_peers.save(tmp_path / "clipseg", "clipseg")
     command = ["predict", str(model), str(dataset), "--split", "train", "--batch-size", "4", "--out"]
     assert main([*command, str(tmp_path / "one.jsonl")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scoring"]
-    done = subprocess.run([*launch, *command, tmp_path / "two.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for process in start_group(2, predict, [*command, str(tmp_path / "two.jsonl")]):
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert not list(tmp_path.glob("two.jsonl.part*"))
 
