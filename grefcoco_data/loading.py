@@ -16,25 +16,18 @@ from typing import Literal
 
 import datasets
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features
+from datasets.fingerprint import Hasher
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
 from grefcoco_data.building import REPORT, VERSION
 from grefcoco_data.collections import CONFIGS, collection_of
+from grefcoco_data.expressions import ExpressionTable, expression_features
 from grefcoco_data.images import local_images, open_images
-from grefcoco_data.masks import merge_rles
-from grefcoco_data.rows import (
-    EXPRESSION_FEATURES,
-    IMAGE_FEATURES,
-    decode_image,
-    explode,
-    image_tables,
-    list_column,
-)
+from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, explode, image_tables
 
 
 @dataclass
@@ -92,10 +85,15 @@ def load(
 ) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load gRefCOCO, or another configuration, with one row per sentence or per image.
 
-    Map-style expression rows are an index in memory. An image is decoded when its row is read, once for all rows of a
-    batch (`dataset[indices]`, `dataset.__getitems__(indices)`); these rows hold the same PIL object, so copy it
-    before you draw. To group sentences by image without decoding, read `dataset.with_format(None)["image_id"]`.
-    Functions of `map` and `filter` get decoded rows; name `input_columns` to avoid decoding what they do not use.
+    Map-style expression rows are a table in memory, which points to the bytes of the images where they lie. An image
+    is decoded when its row is read. Rows of one image that are in use at the same time, such as those of a batch
+    (`dataset[indices]`, `dataset.__getitems__(indices)`), hold the same PIL object, so copy it before you draw.
+    Functions of `map` and `filter` decode the columns that they use; name `input_columns` to be sure.
+
+    All operations of `datasets` work on these rows. Those that write a copy (`save_to_disk`, `to_parquet`,
+    `push_to_hub`, `map` to a cache file) write the bytes of the image with each of its sentences, 14 times the size
+    of gRefCOCO's images: use `layout="image"` for copies. `datasets` does not keep the shared storage after a cast:
+    `cast_column("image", datasets.Image(decode=False))` copies as much.
 
     Streams decode an image once and then yield all its sentences. They split over nodes and workers by shard and
     resume exactly through `state_dict`/`load_state_dict`, also with `shuffle_shards` (with workers: torchdata's
@@ -199,81 +197,18 @@ def _arrange(
     if layout == "image":
         return rows.select_columns(columns)
     if isinstance(rows, datasets.Dataset):
-        return _expression_index(rows).select_columns(columns)
+        return _expression_rows(rows, columns)
     needed = [name for name in IMAGE_FEATURES if name in ("objects", "expressions", "height", "width", *columns)]
     stream = rows.select_columns(needed)
     if "image" in needed:
         stream = stream.cast_column("image", datasets.Image(decode=False))
-    return stream.map(explode, batched=True, batch_size=1, remove_columns=needed, fn_kwargs={"columns": columns})
+    options = {"remove_columns": needed, "features": expression_features(columns), "fn_kwargs": {"columns": columns}}
+    return stream.map(explode, batched=True, batch_size=1, **options)
 
 
-def _expression_index(images: datasets.Dataset) -> datasets.Dataset:
-    """Index of expression rows over image rows, made of whole Arrow columns; nothing is decoded.
-
-    Large columns hold positions, which `_Lookup` replaces by their values on access: `image` and `objects` the row of
-    the image; `masks` and `mask` the positions of the targets among all objects.
-    """
-    small = [name for name in IMAGE_FEATURES if name != "image"]
-    table = images.with_format(None).select_columns(small).data.table.combine_chunks()
-    objects, expressions = (pc.list_flatten(table[name]).combine_chunks() for name in ("objects", "expressions"))
-    rows = pc.list_parent_indices(table["expressions"]).combine_chunks()  # row of the image, per sentence
-    ann_ids = expressions.field("ann_ids")
-    lengths = pc.list_value_length(ann_ids).to_numpy()
-    # Position of each target among all objects, by binary search in the sorted ids.
-    object_ids = objects.field("ann_id").to_numpy()
-    order = np.argsort(object_ids)
-    positions = order[np.searchsorted(object_ids, ann_ids.flatten().to_numpy(), sorter=order)]
-    per_image = {name: table[name].take(rows) for name in ("image_id", "file_name", "width", "height")}
-    # `mask` holds height, width and the positions: two numbers are inserted before the targets of each sentence.
-    sizes = np.stack([per_image["height"].to_numpy(), per_image["width"].to_numpy()], axis=1)
-    starts = np.cumsum([0, *lengths])[:-1]
-    columns = {
-        "image": rows,
-        **per_image,
-        **{name: expressions.field(name) for name in ("ref_id", "sent_id", "sentence", "raw", "no_target")},
-        "ann_ids": ann_ids,
-        "category_ids": list_column(objects.field("category_id").take(positions), lengths),
-        "boxes": list_column(objects.field("bbox").take(positions), lengths),
-        "masks": list_column(pa.array(positions), lengths),
-        "mask": list_column(pa.array(np.insert(positions, np.repeat(starts, 2), sizes.ravel())), lengths + 2),
-        "objects": rows,
-    }
-    index = datasets.Dataset(pa.table(columns), split=images.split, fingerprint=f"{images._fingerprint}-expressions")
-    return index.with_transform(_Lookup(images, objects))
-
-
-class _Lookup:
-    """Replaces the positions in `_expression_index` by their values, column by column."""
-
-    def __init__(self, images: datasets.Dataset, objects: pa.StructArray) -> None:
-        if "image" in images.column_names:
-            self.images = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-        self.objects = images.select_columns(["objects"])
-        self.sizes = np.array(objects.field("segmentation").field("size").flatten()).reshape(-1, 2)
-        self.counts = objects.field("segmentation").field("counts")
-        self.crowd = objects.field("iscrowd").to_numpy(zero_copy_only=False)
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        values = dict(batch)
-        if "image" in batch:
-            stored = self._values(self.images, "image", batch["image"])
-            decoded = {row: decode_image(image) for row, image in stored.items()}
-            values["image"] = [decoded[row] for row in batch["image"]]
-        if "objects" in batch:
-            objects = self._values(self.objects, "objects", batch["objects"])
-            values["objects"] = [objects[row] for row in batch["objects"]]
-        if "masks" in batch:
-            values["masks"] = [self._segmentations(positions) for positions in batch["masks"]]
-        if "mask" in batch:
-            values["mask"] = [self._merged(*size_and_positions) for size_and_positions in batch["mask"]]
-        return values
-
-    def _values(self, source: datasets.Dataset, column: str, rows: list[int]) -> dict[int, dict | list]:
-        unique = sorted(set(rows))
-        return dict(zip(unique, source[unique][column]))
-
-    def _segmentations(self, positions: Sequence[int]) -> list[dict]:
-        return [{"size": self.sizes[n].tolist(), "counts": self.counts[n].as_py()} for n in positions]
-
-    def _merged(self, height: int, width: int, *positions: int) -> dict:
-        return merge_rles(self._segmentations(positions), self.crowd[list(positions)], height, width)
+def _expression_rows(images: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """Expression rows of map-style image rows, as a table in memory whose images stay where they are."""
+    name = Hasher.hash((images._fingerprint, columns, EXPRESSION_FEATURES))
+    info = datasets.DatasetInfo(features=expression_features(columns))
+    table = ExpressionTable(images.data, columns)
+    return datasets.Dataset(table, info=info, split=images.split, fingerprint=name)

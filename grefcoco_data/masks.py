@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from pycocotools import mask as coco_mask
+
+MAX_PIXELS = 178_956_970  # Pillow does not open larger images
+BLOCK = 1 << 20  # characters that are checked at once
 
 
 def decode_mask(rle: dict) -> np.ndarray:
@@ -117,3 +121,64 @@ def _decoded_counts(text: str) -> list[int] | None:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     return None if shift else counts
+
+
+def rle_covers_image(counts: pa.StringArray, pixels: np.ndarray) -> np.ndarray:
+    """Whether each compressed RLE covers its image exactly, (n,) bool; the same rules as for one in `to_rle`.
+
+    Args:
+        counts: n texts.
+        pixels: (n,) height times width of the images.
+    """
+    if counts.null_count:
+        counts = counts.fill_null("")
+    _, offsets, content = counts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[counts.offset : counts.offset + len(counts) + 1] if len(counts) else []
+    text = np.frombuffer(content, np.uint8) if content else np.zeros(0, np.uint8)
+    covers = np.zeros(len(counts), bool)
+    start = 0
+    while start < len(counts):
+        stop = max(start + 1, int(np.searchsorted(ends, ends[start] + BLOCK)) - 1)
+        bounds = ends[start : stop + 1]
+        covers[start:stop] = _cover(text[bounds[0] : bounds[-1]], bounds - bounds[0], pixels[start:stop])
+        start = stop
+    return covers
+
+
+def _cover(text: np.ndarray, ends: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """`rle_covers_image` of one block: characters (m,), bounds of the texts (n + 1,), pixels (n,)."""
+    length = np.diff(ends)
+    if not len(text):
+        return np.zeros(len(length), bool)
+    bits = text - np.uint8(48)  # characters below "0" wrap to more than 63
+    is_valid = np.ones(len(length), bool)
+    is_valid[np.searchsorted(ends, np.flatnonzero(bits > 63), side="right") - 1] = False
+    is_last = (bits & 32) == 0  # of a number
+    is_valid &= length > 0
+    filled = np.flatnonzero(length)
+    is_valid[filled[~is_last[ends[filled + 1] - 1]]] = False
+    is_last[ends[filled + 1] - 1] = True  # so that numbers do not cross texts
+    last = np.flatnonzero(is_last)
+    first = np.concatenate([[0], last[:-1] + 1])
+    digits = last - first + 1
+    owner = np.searchsorted(ends, first, side="right") - 1  # text of each number
+    is_valid[owner[digits > 7]] = False
+    digits = np.minimum(digits, 7)
+    values = np.zeros(len(first), np.int64)
+    for place in range(int(digits.max())):
+        has_digit = digits > place
+        values[has_digit] |= (bits[first[has_digit] + place] & 31).astype(np.int64) << (5 * place)
+    is_negative = (bits[last] & 16) != 0
+    values[is_negative] -= np.int64(1) << (5 * digits[is_negative])
+    # From the fourth number on, a number is the difference to the one two places before.
+    index = np.arange(len(first)) - np.searchsorted(owner, owner)
+    for parity in (0, 1):
+        chain = np.flatnonzero((index % 2 == parity) & (index > 0))
+        if len(chain):
+            sums = np.cumsum(values[chain])
+            base = np.searchsorted(owner[chain], owner[chain])  # first number of the same text in the chain
+            values[chain] = sums - (sums - values[chain])[base]
+    is_valid[owner[values < 0]] = False
+    totals = np.zeros(len(length), np.int64)
+    np.add.at(totals, owner, values)
+    return is_valid & (totals == pixels)

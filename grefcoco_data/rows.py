@@ -5,7 +5,6 @@ An image row holds an image once, with all its objects and all its sentences. An
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -14,12 +13,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Features, Value
-from PIL import Image
 
 from grefcoco_data.annotation_json import without_garbage_collection
 from grefcoco_data.annotations import Annotations, Problems, targets
 from grefcoco_data.images import ImageFolder, ImageZip, read_image
-from grefcoco_data.masks import merge_rles, to_rle
+from grefcoco_data.masks import MAX_PIXELS, merge_rles, rle_covers_image, to_rle
+from grefcoco_data.pictures import RowImage, decode_image
 
 ROWS_PER_GROUP = 100  # image rows of a row group
 
@@ -53,7 +52,7 @@ TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "ma
 # Column of an expression row -> field of its target objects.
 TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
 IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
-EXPRESSION_FEATURES = Features({**IMAGE, **EXPRESSION, **TARGETS})
+EXPRESSION_FEATURES = Features({**IMAGE, "image": RowImage(), **EXPRESSION, **TARGETS})
 
 
 def image_tables(
@@ -89,9 +88,12 @@ def explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
         columns: of `EXPRESSION_FEATURES`, or `objects`.
     """
     objects, expressions = batch["objects"][0], batch["expressions"][0]
-    by_id = {item["ann_id"]: item for item in objects}
-    targets_each = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
     height, width = batch["height"][0], batch["width"][0]
+    by_id = {item["ann_id"]: item for item in objects}
+    if fault := _image_row_fault(objects, by_id, expressions, height, width):
+        place = f"image {batch['image_id'][0]}" if "image_id" in batch else f"an image of {width} x {height} pixels"
+        raise ValueError(f"The rows cannot be used: {place} {fault}.")
+    targets_each = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
     rows: dict[str, list] = {}
     for name in columns:
         if name == "image":
@@ -110,11 +112,24 @@ def explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
     return rows
 
 
-def decode_image(stored: dict) -> Image.Image:
-    """Decode a stored `{"bytes", "path"}` to RGB. EXIF rotation is ignored, because the masks ignore it."""
-    image = Image.open(io.BytesIO(stored["bytes"]))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
+def _image_row_fault(
+    objects: list[dict], by_id: dict[int, dict], expressions: list[dict], height: int, width: int
+) -> str | None:
+    """What would crash in C code or give the mask of something else; None when the image row can be used."""
+    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        return "has a width and height that no image can have"
+    counts = pa.array([item["segmentation"]["counts"] for item in objects], pa.string())
+    covers = rle_covers_image(counts, np.full(len(objects), height * width))
+    for item, covers_image in zip(objects, covers):
+        if list(item["segmentation"]["size"]) != [height, width]:
+            return f"has an RLE of another size than its image (object {item['ann_id']})"
+        if not covers_image:
+            return f"has an RLE that does not cover its image exactly (object {item['ann_id']})"
+    if len(by_id) < len(objects):
+        return "has two objects with one annotation id"
+    wanted = (ann_id for expression in expressions for ann_id in expression["ann_ids"])
+    unknown = next((ann_id for ann_id in wanted if ann_id not in by_id), None)
+    return None if unknown is None else f"has no object {unknown}, which one of its sentences names"
 
 
 def _read_or_note(

@@ -20,8 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import grefcoco
-from grefcoco_data import building, loading
-from grefcoco_data import rows as row_module
+from grefcoco_data import building, pictures
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,8 +136,8 @@ def test_image_bytes_are_untouched(genuine, built):
 
 def test_an_image_is_decoded_once_per_batch(built, monkeypatch):
     calls = []
-    decode = loading.decode_image
-    monkeypatch.setattr(loading, "decode_image", lambda stored: calls.append(1) or decode(stored))
+    decode = pictures._decode
+    monkeypatch.setattr(pictures, "_decode", lambda data: calls.append(1) or decode(data))
     rows = grefcoco.load(built, split="train")
     image_ids = rows.with_format(None)["image_id"][:]
     assert not calls
@@ -149,8 +148,7 @@ def test_an_image_is_decoded_once_per_batch(built, monkeypatch):
 
 
 def test_columns_without_image_decode_nothing(built, monkeypatch):
-    for module in (loading, row_module):
-        monkeypatch.setattr(module, "decode_image", None)
+    monkeypatch.setattr(pictures, "_decode", None)
     for streaming in (False, True):
         rows = list(grefcoco.load(built, split="val", streaming=streaming, columns=["mask", "objects"]))
         assert all(list(row) == ["mask", "objects"] and len(row["objects"]) == 4 for row in rows)
