@@ -185,7 +185,8 @@ def _score(options: argparse.Namespace) -> None:
     if options.threshold_from:
         result["default"] = {name: _scores(options, part, None, measurement.ids) for name, part in tasks.items()}
     origin = read_origin(options.answers) or {}
-    result["origin"] = {**origin, "answers": str(options.answers), "dataset": options.dataset, "split": options.split}
+    place = {"answers": str(options.answers), "dataset": options.dataset, "split": options.split}
+    result["origin"] = {**origin, **place, "measured": len(measurement.ids)}
     if options.ap:
         result["grec"] |= _average_precision(options, measurement)
     if options.curve:

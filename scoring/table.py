@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from scoring.report import PUBLISHED_GREC, PUBLISHED_GRES
+from scoring.report import PUBLISHED_GREC, PUBLISHED_GRES, PUBLISHED_SENTENCES
 
 SCORES = {  # column of the table: task, key of its scores, factor to percent
     "gIoU": ("gres", "gIoU", 1),
@@ -28,7 +28,6 @@ SCORES = {  # column of the table: task, key of its scores, factor to percent
 KINDS = ("0", "1", "2", "3+")  # targets of a sentence
 KIND_SCORES = {"gIoU": ("gres", "gIoU", 1), "F1": ("grec", "F1_score", 100)}
 COLUMNS = ("model", "split", "thresholds", "seen COCO/RefCOCO pictures", "unreadable", *SCORES, "source")
-SPLITS = ("val", "testA", "testB")
 
 MMDETECTION = "open-mmlab/mmdetection, configs/mm_grounding_dino/README.md; its metric: first true box only"
 OTHER_VAL = "; its val has other sentences: N_acc and F1 do not fit the val of 62.58 % none"
@@ -114,11 +113,15 @@ def table_rows(paths: Sequence[Path]) -> list[Row]:
     """
     rows: list[Row] = []
     empty: dict[str, Row] = {}
+    published: dict[str, list[Row]] = {}
     for path in paths:
-        measured, empty_row = _read_scores(path)
+        measured, empty_row, number = _read_scores(path)
+        split = str(empty_row["split"])
         rows += measured
-        empty[str(empty_row["split"])] = empty.get(str(empty_row["split"]), {}) | empty_row
-    return [*rows, *empty.values(), *(row for split in SPLITS if split in empty for row in _published_rows(split))]
+        empty[split] = empty.get(split, {}) | empty_row
+        if number == PUBLISHED_SENTENCES.get(split):  # of other data the published results say nothing
+            published[split] = _published_rows(split)
+    return [*rows, *empty.values(), *(row for part in published.values() for row in part)]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -176,8 +179,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path, dpi=120)
 
 
-def _read_scores(path: Path) -> tuple[list[Row], Row]:
-    """The rows of a file, for calibrated and default thresholds, and the row of always-empty."""
+def _read_scores(path: Path) -> tuple[list[Row], Row, int]:
+    """The rows of a file, for calibrated and default thresholds, the row of always-empty, the number of sentences."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         origin = scores["origin"]
@@ -198,7 +201,7 @@ def _read_scores(path: Path) -> tuple[list[Row], Row]:
             empty |= {"F1": share, "GREC N_acc": 100.0, "GREC T_acc": 0.0}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no scores of `python -m scoring score --out` ({error!r})") from None
-    return rows, empty
+    return rows, empty, origin.get("measured", 0)
 
 
 def _percentages(scores: dict[str, dict]) -> dict[str, float]:

@@ -24,7 +24,7 @@ def write(path: Path, **scores: object) -> Path:
 
 @pytest.fixture
 def files(tmp_path) -> list[Path]:
-    detector = {"checkpoint": "me/detector", "split": "testB", "answers": "a.jsonl", "seen": "no"}
+    detector = {"checkpoint": "me/detector", "split": "testB", "answers": "a.jsonl", "seen": "no", "measured": 16_063}
     language = {"checkpoint": "http://x/v1", "model": "me/language", "split": "testB", "answers": "b.jsonl"}
     language["outcomes"] = {"boxes": 60, "none": 20, "unreadable": 20}
     calibrated = GREC | {"F1_score": 0.4, "groups": GROUPS}
@@ -57,8 +57,15 @@ def test_published_results_have_sources_and_are_of_the_measured_split(files):
     assert all(size == {0} for size in sizes)
 
 
+def test_published_results_stand_beside_whole_splits_only(tmp_path):
+    rows = table_rows([write(tmp_path / "a.json", grec=GREC, origin={"answers": "a", "split": "val", "measured": 99})])
+    assert [row["model"] for row in rows] == ["a", "always empty"]
+
+
 def test_mmdetections_val_carries_its_remark(tmp_path):
-    rows = table_rows([write(tmp_path / "a.json", grec=GREC, origin={"answers": "a", "split": "val"})])
+    rows = table_rows(
+        [write(tmp_path / "a.json", grec=GREC, origin={"answers": "a", "split": "val", "measured": 14_229})]
+    )
     remarks = [row["source"] for row in rows if "mmdetection" in str(row.get("source"))]
     assert remarks and all("its val has other sentences" in remark for remark in remarks)
 
