@@ -131,7 +131,9 @@ class Run:
         """The processor's collator; measuring needs the categories too, for the answer of every object."""
         supervised = self.config.category_supervision or not training
         categories = self.categories if supervised else ()
-        return self.processor.collator(self.model_config, self.config.text_column, categories, training)
+        return self.processor.collator(
+            self.model_config, self.config.text_column, categories, training, share_images=True
+        )
 
     def _prepare_training(self) -> None:
         config = self.config

@@ -69,7 +69,7 @@ def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
     columns = [*processor.columns(training=True, config=model.config), "boxes", "objects"]
     columns = list(dict.fromkeys(columns))
     rows, val = (grefcoco.load(config.dataset, split=split, columns=columns) for split in ("train", config.split))
-    collator = processor.collator(model.config, config.text_column, supervised, training=True)
+    collator = processor.collator(model.config, config.text_column, supervised, True, share_images=True)
     metrics = processor.trainer_metrics(GRES, GREC)
     warm_up = config.category_warmup_steps
     phases = [(0, warm_up, 1, lambda rows: train.vision_only(collator(rows)))] if warm_up else []

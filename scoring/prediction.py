@@ -60,7 +60,7 @@ def predictions(
 ) -> Iterator[list[Answer]]:
     """The answers to the sentences at `indices`, batch by batch."""
     model.eval()
-    collate = processor.collator(model.config)
+    collate = processor.collator(model.config, share_images=True)
     for start in range(0, len(indices), batch_size):
         batch_rows = rows.__getitems__(list(indices[start : start + batch_size]))
         batch = send_to_device(collate(batch_rows), model.device)
