@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mdetr import MdetrConfig
-from .image_index import check_image_index, per_sentence
+from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .loss_mdetr import LayerOutput, grounding_loss
 from .resnet import FrozenBatchNorm, ResNet
 from .transformer_mdetr import DecoderLayer, EncoderLayer, sine_positions
@@ -137,6 +137,7 @@ class MdetrModel(MdetrPreTrainedModel):
             ValueError: for sentences and images that are not one to one without an `image_index`; for labels with
                 another number of positions.
         """
+        refuse_data_parallel(self)
         check_image_index(len(input_ids), len(pixel_values), image_index)
         image = self._encode_image(pixel_values, pixel_mask)
         pixels, mask, position = (per_sentence(x, image_index) for x in image)

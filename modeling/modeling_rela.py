@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rela import RelaConfig
 from .fusion_rela import LanguageGate, full_precision
-from .image_index import check_image_index, per_sentence
+from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .instances_rela import Choice, InstanceChooser, ObjectFinder, Objects
 from .loss_instances_rela import instance_loss
 from .loss_rela import category_loss, referring_loss
@@ -178,6 +178,7 @@ class RelaModel(RelaPreTrainedModel):
             ValueError: without both sentences and categories; for sentences and images that are not one to one without
                 an `image_index`; with categories in the labels and no category head.
         """
+        refuse_data_parallel(self)
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
         check_image_index(len(input_ids), len(pixel_values), image_index)

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention import Attention
 from .configuration_vlt import VltConfig
-from .image_index import per_sentence
+from .image_index import per_sentence, refuse_data_parallel
 from .loss_vlt import kernel_squares, mask_loss
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class VltModel(VltPreTrainedModel):
             ValueError: for images of another size, or sentences and images that are not one to one without
                 `image_index`.
         """
+        refuse_data_parallel(self)
         self._check_inputs(pixel_values, word_vectors, image_index)
         dtype = self.mask_head.weight.dtype
         features = (per_sentence(x, image_index) for x in self.backbone(pixel_values.to(dtype)))

@@ -19,6 +19,7 @@ from .referring_processor import (
     check_sizes,
     group_by_image,
     measuring_labels,
+    repeat_images,
 )
 
 
@@ -64,10 +65,11 @@ class RelaProcessor(ReferringProcessor):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> "RelaCollator":
         """See `ReferringProcessor`. Objects are labelled where the model has an instance branch."""
         instances = None if config is None else bool(config.num_instance_queries)
-        return RelaCollator(self, category_ids, text_column, instances=training and instances)
+        return RelaCollator(self, category_ids, text_column, training and instances, share_images)
 
     def columns(self, training: bool, config: RelaConfig | None = None) -> list[str]:
         """See `ReferringProcessor`. In training, objects are read for the instance branch and the category head."""
@@ -167,7 +169,7 @@ class RelaProcessor(ReferringProcessor):
 
 
 class RelaCollator:
-    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; an image is processed once for all rows about it.
 
     Args:
         processor: makes the model inputs.
@@ -176,6 +178,7 @@ class RelaCollator:
         instances: whether to label the objects of the images for the instance branch; None where rows hold objects.
             The objects are those of the column "objects"; where rows have none, the targets of all sentences of the
             batch about the image.
+        share_images: see `ReferringProcessor.collator`.
     """
 
     def __init__(
@@ -184,9 +187,11 @@ class RelaCollator:
         category_ids: Sequence[int] = (),
         text_column: str = "sentence",
         instances: bool | None = False,
+        share_images: bool = True,
     ) -> None:
         self.processor = processor
         self.instances = instances
+        self.share_images = share_images
         self.category_index = {category: i + 1 for i, category in enumerate(category_ids)}
         self.text_column = text_column
 
@@ -222,7 +227,8 @@ class RelaCollator:
                 labels["categories"] = torch.from_numpy(np.stack(categories))
             if instances:
                 labels |= self._instances(rows, images, objects, masks, shape)
-        return {**batch, "labels": labels}
+        batch = {**batch, "labels": labels}
+        return batch if self.share_images else repeat_images(batch)
 
     def _mask(self, row: dict, shape: tuple[int, int]) -> np.ndarray:
         if row["no_target"]:

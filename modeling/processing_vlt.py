@@ -18,6 +18,7 @@ from .referring_processor import (
     check_sizes,
     group_by_image,
     measuring_labels,
+    repeat_images,
 )
 from .tokenization_vlt import VltTokenizer
 
@@ -56,9 +57,10 @@ class VltProcessor(ReferringProcessor):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> "VltCollator":
         """See `ReferringProcessor`; batches are the same in training, and `category_ids` are not used."""
-        return VltCollator(self, text_column)
+        return VltCollator(self, text_column, share_images)
 
     def columns(self, training: bool, config: VltConfig | None = None) -> list[str]:
         """See `ReferringProcessor`."""
@@ -101,16 +103,18 @@ class VltProcessor(ReferringProcessor):
 
 
 class VltCollator:
-    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; an image is processed once for all rows about it.
 
     Args:
         processor: makes the model inputs.
         text_column: "sentence", as published, or "raw".
+        share_images: see `ReferringProcessor.collator`.
     """
 
-    def __init__(self, processor: VltProcessor, text_column: str = "sentence") -> None:
+    def __init__(self, processor: VltProcessor, text_column: str = "sentence", share_images: bool = True) -> None:
         self.processor = processor
         self.text_column = text_column
+        self.share_images = share_images
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         """Batch of `VltModel.forward` inputs with `labels`: those of `measuring_labels` and "masks" (B, h, w) 0..1.
@@ -124,7 +128,8 @@ class VltCollator:
             image_index=image_index,
         )
         masks = [self.processor.image_processor.resize_mask(decode_mask(row["mask"])) for row in rows]
-        return {**batch, "labels": {"masks": torch.from_numpy(np.stack(masks)), **measuring_labels(rows)}}
+        batch = {**batch, "labels": {"masks": torch.from_numpy(np.stack(masks)), **measuring_labels(rows)}}
+        return batch if self.share_images else repeat_images(batch)
 
 
 def new_processor(config: VltConfig, tokenizer: VltTokenizer) -> VltProcessor:

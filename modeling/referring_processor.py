@@ -20,6 +20,8 @@ from .image_inputs import ReferringImageProcessor
 from .trainer_metrics import TrainerMetrics
 
 BASE_COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
+# tensors of a batch and of its labels with one entry an image; all others have one a sentence
+IMAGE_TENSORS = {"pixel_values", "pixel_mask", "categories", "object_boxes", "object_masks", "num_objects"}
 BOX_PADDING = -100.0  # also the value with which Trainer pads labels
 
 Outputs = Mapping[str, torch.Tensor]  # of a model, or a dictionary of its tensors
@@ -102,14 +104,20 @@ class ReferringProcessor(ProcessorMixin):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> Collator:
         """A function from expression rows of `grefcoco.load` to a batch with labels; an image is processed once.
+
+        By default every tensor of a batch has one entry a sentence, so that Accelerate can cut and join batches, and
+        so that the loss does not depend on how sentences are divided among processes.
 
         Args:
             config: of the model, to label only what it learns; None labels all that the rows allow.
             text_column: "sentence", or "raw" for the sentence before it was cleaned.
             category_ids: the data set's category ids for families that learn categories per pixel, index 1 first.
             training: whether to add the labels of the losses to those of measuring (see `measuring_labels`).
+            share_images: sentences of one batch about one image share its pixels and its objects' labels, found by
+                `image_index`. Faster; only for loops that never cut a batch.
         """
         raise NotImplementedError
 
@@ -205,6 +213,17 @@ def measuring_labels(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
             boxes[b, : len(row["boxes"])] = xywh_to_xyxy(torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 4))
         labels["target_boxes"] = boxes
     return labels
+
+
+def repeat_images(batch: Batch) -> Batch:
+    """A batch with one entry a sentence instead of an image in every tensor, without "image_index"."""
+    image_index = batch.pop("image_index", None)
+    if image_index is None:
+        return batch
+    for tensors in (batch, batch["labels"]):
+        for name in IMAGE_TENSORS & tensors.keys():
+            tensors[name] = tensors[name].index_select(0, image_index)
+    return batch
 
 
 def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:

@@ -49,7 +49,7 @@ class OwnModel:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model, self.processor = model.eval().to(processes().device), processor
         self.columns = processor.columns(training=False)
-        self.collate = processor.collator(model.config)
+        self.collate = processor.collator(model.config, share_images=True)
         self.origin = {"revision": revision(model)}
 
     @torch.inference_mode()

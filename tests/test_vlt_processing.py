@@ -162,7 +162,7 @@ def rows() -> list[dict]:
 def test_the_collator_needs_no_more_than_its_columns(training: bool, processor: VltProcessor) -> None:
     columns = processor.columns(training)
     assert set(BASE_COLUMNS) <= set(columns)
-    collate = processor.collator(tiny_config(), training=training)
+    collate = processor.collator(tiny_config(), training=training, share_images=True)
     batch = collate([{name: row[name] for name in columns} for row in rows()])
     assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["image_index"].tolist() == [0, 0, 1, 1]
     labels = batch["labels"]
