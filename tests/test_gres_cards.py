@@ -17,14 +17,14 @@ def metric_of(name: str) -> evaluate.Metric:
     return evaluate.load(str(ROOT / name), keep_in_memory=True)
 
 
-@pytest.mark.parametrize("name", ["gres", "grec"])
+@pytest.mark.parametrize("name", ["gres", "grec", "jf"])
 def test_card_examples_run(name):
     card = ROOT / name / "README.md"
     failed, tried = doctest.testfile(str(card), module_relative=False, globs={"metric": metric_of(name)})
     assert (failed, tried > 5) == (0, True)
 
 
-@pytest.mark.parametrize("name", ["gres", "grec"])
+@pytest.mark.parametrize("name", ["gres", "grec", "jf"])
 def test_card_and_help_have_every_mode(name):
     metric = metric_of(name)
     table, modes = metric.modes_table(), metric.modes
@@ -35,11 +35,12 @@ def test_card_and_help_have_every_mode(name):
 
 def test_shared_files_are_identical():
     copies = [folder / "sentence_rows.py" for folder in ROOT.iterdir() if (folder / "app.py").exists()]
-    assert len(copies) >= 2
+    assert len(copies) == 3
     assert len({copy.read_bytes() for copy in copies}) == 1
+    assert len({(ROOT / name / "run_lengths.py").read_bytes() for name in ("gres", "jf")}) == 1
 
 
-@pytest.mark.parametrize("name", ["gres", "grec"])
+@pytest.mark.parametrize("name", ["gres", "grec", "jf"])
 def test_docstring_examples_run(name):
     metric = metric_of(name)
     test = doctest.DocTestParser().get_doctest(metric.inputs_description, {"metric": metric}, name, None, None)
@@ -47,7 +48,7 @@ def test_docstring_examples_run(name):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-@pytest.mark.parametrize("name", ["gres", "grec"])
+@pytest.mark.parametrize("name", ["gres", "grec", "jf"])
 def test_folder_is_a_space(name):
     header = yaml.safe_load((ROOT / name / "README.md").read_text().split("---")[1])
     assert header["app_file"] == "app.py" and set(header["tags"]) == {"evaluate", "metric"}
@@ -60,7 +61,10 @@ def test_folder_is_a_space(name):
     assert not imported & {"grefcoco", "modeling", "train"}
 
 
-@pytest.mark.parametrize(("name", "option", "key"), [("gres", "rela", "gIoU"), ("grec", "giou", "F1_score")])
+PAGES = [("gres", "rela", "gIoU"), ("grec", "giou", "F1_score"), ("jf", "published", "J&F")]
+
+
+@pytest.mark.parametrize(("name", "option", "key"), PAGES)
 def test_page_scores_its_examples(name, option, key):
     gradio = pytest.importorskip("gradio")
     spec = spec_from_file_location(f"{name}_app", ROOT / name / "app.py")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from .analysis import breakdown, choose_threshold, curve, intervals, table
-from .masks import as_rles, dense_overlaps, num_pixels, rle_overlaps
+from .masks import dense_overlaps, num_pixels, rle_overlaps
+from .run_lengths import as_rles
 from .scores import MODES, headline
 from .sentence_rows import SentenceRows, Threshold, choice, flags, number, read_columns, whole_numbers
 

@@ -4,8 +4,8 @@
     metric.compute(predictions=[...], references=[...])     # through evaluate, buffered by Arrow
     accumulator = metric.accumulator()                      # 55 bytes a sentence, for training loops
 
-Both count and score with the same code: `masks.py` counts pixels, `accumulator.py` keeps the counts, `scores.py` makes
-the published scores of them, `analysis.py` the rest.
+Both count and score with the same code: `run_lengths.py` and `masks.py` count pixels, `accumulator.py` keeps the
+counts, `scores.py` makes the published scores of them, `analysis.py` the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import evaluate
 
 from .accumulator import OPTIONAL, GresAccumulator, column
 from .analysis import WORD_BINS
-from .masks import as_rles, encode, foreground
+from .masks import foreground
+from .run_lengths import as_rles, encode
 from .scores import MODES, modes_table
 from .sentence_rows import DirectCompute, Threshold, batches, number, plot_curve, read_columns
 
