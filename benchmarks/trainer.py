@@ -4,7 +4,6 @@ The same new model, batches, learning rates and losses, measured by the same acc
 JSON. Streams, augmentation and weight averages are not supported here.
 """
 
-import argparse
 import json
 import time
 from functools import partial
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import grefcoco
+from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.loading import category_ids
 from scoring.measurement import GREC, GRES
 from training.augmentation import Augmentation
@@ -42,7 +42,7 @@ class SceneTrainer(Trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("dataset", help="built data set folder or Hub id")
     parser.add_argument("out", type=Path, help="folder for the model")

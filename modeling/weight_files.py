@@ -5,6 +5,7 @@ import collections
 import io
 import pickle
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -116,10 +117,33 @@ def write_folder(
         whole.replace(folder)
 
 
-def error_line(error: Exception, path: Path) -> str:
-    """The first line of an error, with `path` in it."""
-    line = str(error).splitlines()[0]
-    return line if str(path) in line else f"{path}: {line}"
+def run_conversion(
+    parser: argparse.ArgumentParser, convert: Callable[..., PreTrainedModel], arguments: list[str] | None
+) -> int:
+    """Run a converter's command line; flags are accepted with dashes and with underscores.
+
+    Args:
+        parser: its options, `checkpoint` and `folder` among them, are the arguments of `convert`.
+        convert: writes the folder and returns the model.
+        arguments: of the command line; None for those of the process.
+
+    Returns:
+        the exit code: 0, or 2 after one line about what is wrong.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    flags = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words]
+    options = parser.parse_args(
+        [(name.replace("_", "-") if name.startswith("--") else name) + equals + value for name, equals, value in flags]
+    )
+    try:
+        model = convert(**vars(options))
+    except (ValueError, OSError) as error:
+        line = str(error).splitlines()[0]
+        line = line if str(options.checkpoint) in line else f"{options.checkpoint}: {line}"
+        print(f"{parser.prog.rpartition('.')[2]}: {line}", file=sys.stderr)
+        return 2
+    print(f"{options.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    return 0
 
 
 def _read(path: Path) -> object:
