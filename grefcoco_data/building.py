@@ -48,7 +48,9 @@ def build(
     skip_bad_images: bool = False,
     num_proc: int = 1,
 ) -> dict:
-    """Write the data set as Parquet that `load_dataset(out)` and the Hub read; image bytes are not changed.
+    """Write the data set as Parquet that `load_dataset(out)` and the Hub read.
+
+    Image bytes are not changed, except that orientation tags, which the masks ignore, are removed and named.
 
     `out` gets `data/{split}-00000-of-0000N.parquet`, a README with the card and `build.json`, the report that is
     also returned: counts, problems by kind, sha256 of every file read and written. Everything is written beside `out`

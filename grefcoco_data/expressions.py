@@ -7,23 +7,20 @@ operation of `datasets` works on it as on any other table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features
-from datasets.table import InMemoryTable
+from datasets.table import InMemoryTable, TableBlock
 
 from grefcoco_data.masks import MAX_PIXELS, merge_rles, rle_covers_image
-from grefcoco_data.pictures import shared_images
 from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, OBJECT, list_column
 
-Step = tuple[str, tuple, dict]  # name, arguments and options of an operation of InMemoryTable
-
-# `counts` are views here: a sentence holds all objects of its image, which would take 14 times the memory.
-SHARED_OBJECT = OBJECT | {"segmentation": OBJECT["segmentation"] | {"counts": datasets.Value("string_view")}}
-ALL_FEATURES = Features({**EXPRESSION_FEATURES, "objects": [SHARED_OBJECT]})
+ALL_FEATURES = Features({**EXPRESSION_FEATURES, "objects": [OBJECT]})
+Step = tuple[str, tuple, dict]  # name, arguments and options of an operation on a table
 
 
 def expression_features(columns: Sequence[str]) -> Features:
@@ -46,44 +43,83 @@ def expression_table(images: pa.Table, columns: Sequence[str]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=expression_features(columns).arrow_schema)
 
 
-class ExpressionTable(InMemoryTable):
-    """The table of expression rows. Another process makes it again from the image rows, which are on disk."""
+class ExpressionTable(TableBlock):
+    """The table of expression rows as `datasets` uses it.
 
-    def __init__(self, images: datasets.table.Table, columns: Sequence[str], steps: tuple[Step, ...] = ()) -> None:
-        self.images, self.made_columns, self.steps = images, list(columns), steps
-        table = InMemoryTable(expression_table(images.table, columns))
+    Columns of whole images (`image`, `objects`) have a chunk for each row: a part of a column of the image rows, which
+    all sentences of an image share. The methods of `datasets` would make a batch of each chunk in advance, 1 GB for
+    all of gRefCOCO; here rows are read chunk by chunk. Another process makes the table again from the image rows.
+    """
+
+    def __init__(self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step] = ()) -> None:
+        table = expression_table(images.table, columns)
         for name, arguments, options in steps:
             table = getattr(table, name)(*arguments, **options)
-        super().__init__(table.table)
+        self._set(images, columns, steps, table)
+
+    def _set(
+        self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step], table: pa.Table
+    ) -> None:
+        self.images, self.made_columns, self.steps, self.table = images, tuple(columns), tuple(steps), table
+        self._schema = table.schema
+        self._batches: list[pa.RecordBatch] = []  # not used
 
     def __getstate__(self) -> dict:
         return {"images": self.images, "columns": self.made_columns, "steps": self.steps}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["images"], state["columns"], state["steps"])
+        self.__init__(**state)
 
-    def _after(self, name: str, arguments: tuple, options: dict) -> ExpressionTable:
-        """The table after one more operation."""
-        changed = type(self).__new__(type(self))
-        changed.images, changed.made_columns = self.images, self.made_columns
-        changed.steps = (*self.steps, (name, arguments, options))
-        InMemoryTable.__init__(changed, getattr(InMemoryTable, name)(self, *arguments, **options).table)
-        return changed
+    def fast_gather(self, indices: Sequence[int]) -> pa.Table:
+        """The rows at these positions."""
+        rows = pa.array(indices)
+        columns = [
+            pa.chunked_array([column.chunk(i) for i in indices], column.type)
+            if _has_chunk_per_row(column)
+            else column.take(rows)
+            for column in self.table.columns
+        ]
+        return pa.Table.from_arrays(columns, schema=self._schema)
 
-    def slice(self, *arguments: object, **options: object) -> ExpressionTable:
-        return self._after("slice", arguments, options)
+    def fast_slice(self, offset: int = 0, length: int | None = None) -> pa.Table:
+        """`length` rows from `offset` on, or all."""
+        stop = self.num_rows if length is None else min(offset + max(length, 0), self.num_rows)
+        columns = [
+            pa.chunked_array([column.chunk(i) for i in range(offset, stop)], column.type)
+            if _has_chunk_per_row(column)
+            else column.slice(offset, stop - offset)
+            for column in self.table.columns
+        ]
+        return pa.Table.from_arrays(columns, schema=self._schema)
 
-    def select(self, *arguments: object, **options: object) -> ExpressionTable:
-        return self._after("select", arguments, options)
+    def _after(self, name: str, *arguments: object, **options: object) -> ExpressionTable:
+        """The table after one more operation, which changes no value."""
+        table = type(self).__new__(type(self))
+        changed = getattr(self.table, name)(*arguments, **options)
+        table._set(self.images, self.made_columns, (*self.steps, (name, arguments, options)), changed)
+        return table
 
-    def drop(self, *arguments: object, **options: object) -> ExpressionTable:
-        return self._after("drop", arguments, options)
+    def _plain(self, name: str, *arguments: object, **options: object) -> InMemoryTable:
+        """The result of an operation that changes values, as a table without shared columns."""
+        return getattr(InMemoryTable(self.table), name)(*arguments, **options)
 
-    def rename_columns(self, *arguments: object, **options: object) -> ExpressionTable:
-        return self._after("rename_columns", arguments, options)
+    slice = partialmethod(_after, "slice")
+    select = partialmethod(_after, "select")
+    drop = partialmethod(_after, "drop")
+    rename_columns = partialmethod(_after, "rename_columns")
+    remove_column = partialmethod(_after, "remove_column")
+    replace_schema_metadata = partialmethod(_after, "replace_schema_metadata")
+    filter = partialmethod(_plain, "filter")
+    flatten = partialmethod(_plain, "flatten")
+    combine_chunks = partialmethod(_plain, "combine_chunks")
+    cast = partialmethod(_plain, "cast")
+    add_column = partialmethod(_plain, "add_column")
+    append_column = partialmethod(_plain, "append_column")
+    set_column = partialmethod(_plain, "set_column")
 
-    def replace_schema_metadata(self, *arguments: object, **options: object) -> ExpressionTable:
-        return self._after("replace_schema_metadata", arguments, options)
+
+def _has_chunk_per_row(column: pa.ChunkedArray) -> bool:
+    return column.num_chunks == len(column) and column.num_chunks > 0
 
 
 class _Sentences:
@@ -107,12 +143,12 @@ class _Sentences:
     def column(self, name: str) -> pa.Array | pa.ChunkedArray:
         """One column of the expression rows."""
         makers: dict[str, Callable[[], pa.Array | pa.ChunkedArray]] = {
-            "image": lambda: shared_images(self.images["image"], self._sentences_each()),
+            "image": lambda: self._shared(self.images["image"]),
             "category_ids": lambda: self._target_column(self.objects.field("category_id")),
             "boxes": lambda: self._target_column(self.objects.field("bbox")),
             "masks": lambda: self._target_column(self.objects.field("segmentation")),
             "mask": self._merged_masks,
-            "objects": self._shared_objects,
+            "objects": lambda: self._shared(self.images["objects"]),
         }
         if name in EXPRESSION:
             return self.expressions.field(name)
@@ -186,55 +222,28 @@ class _Sentences:
         merged: list[str] = []
         number_of: dict[tuple[int, ...], int] = {}
         sizes = self.sizes[self.image_of_sentence].tolist()
-        counts = rles.field("counts")
-        for row in np.flatnonzero(~single).tolist():
-            places = tuple(self.positions[ends[row] - self.targets_each[row] : ends[row]].tolist())
+        counts, positions, stops = rles.field("counts"), self.positions.tolist(), ends.tolist()
+        for row, length in zip(np.flatnonzero(~single).tolist(), self.targets_each[~single].tolist()):
             height, width = sizes[row]
+            places = tuple(positions[stops[row] - length : stops[row]])
             key = places or (-height, -width)
             if key not in number_of:
                 number_of[key] = len(counts) + len(merged)
                 targets = [{"size": [height, width], "counts": counts[n].as_py()} for n in places]
-                rle = merge_rles(targets, crowd[list(places)], height, width)
-                merged.append(rle["counts"])
+                merged.append(merge_rles(targets, crowd[list(places)], height, width)["counts"])
             chosen[row] = number_of[key]
         every = pa.concat_arrays([counts, pa.array(merged, pa.string())])
         flat = pa.array(self.sizes[self.image_of_sentence].astype(np.int32).ravel())
         arrays = [list_column(flat, [2] * len(sizes)), every.take(pa.array(chosen))]
         return pa.StructArray.from_arrays(arrays, names=["size", "counts"])
 
-    def _shared_objects(self) -> pa.ChunkedArray:
-        """All objects of the image of each sentence; a chunk per image shares the text of its RLEs."""
-        kind = ALL_FEATURES.arrow_schema.field("objects").type
-        firsts = np.searchsorted(self.image_of_object, np.arange(len(self.image_ids) + 1))
-        chunks = []
-        for image, count in enumerate(self._sentences_each().tolist()):
-            if count:
-                items = self.objects.slice(firsts[image], firsts[image + 1] - firsts[image])
-                chunks.append(_repeated_list(items, count, kind))
-        return pa.chunked_array(chunks, kind)
-
-
-def _repeated_list(items: pa.StructArray, count: int, kind: pa.DataType) -> pa.ListArray:
-    """The same list of objects `count` times."""
-    number = len(items)
-    items = items.cast(kind.value_type)  # copies the text of the RLEs once
-    places = np.tile(np.arange(number, dtype=np.int64), count)
-    fields = []
-    for field in kind.value_type:
-        values = items.field(field.name)
-        if field.name == "segmentation":
-            counts = values.field("counts")
-            _, views, *texts = counts.buffers()
-            views = np.frombuffer(views, np.int32).reshape(-1, 4)[counts.offset : counts.offset + number]
-            buffers = [None, pa.py_buffer(np.tile(views, (count, 1))), *texts]
-            arrays = [values.field("size").take(pa.array(places))]
-            arrays.append(pa.Array.from_buffers(pa.string_view(), number * count, buffers))
-            values = pa.StructArray.from_arrays(arrays, fields=list(field.type))
-        else:
-            values = values.take(pa.array(places))
-        fields.append(values)
-    values = pa.StructArray.from_arrays(fields, fields=list(kind.value_type))
-    return list_column(values, [number] * count).cast(kind)
+    def _shared(self, stored: pa.ChunkedArray) -> pa.ChunkedArray:
+        """A column of the image rows for each sentence: chunks of one row, which point to the stored values."""
+        each = iter(self._sentences_each().tolist())
+        chunks = [
+            row for chunk in stored.chunks for i in range(len(chunk)) for row in [chunk.slice(i, 1)] * next(each)
+        ]
+        return pa.chunked_array(chunks, stored.type)
 
 
 def _flatten(lists: pa.ChunkedArray) -> pa.Array:

@@ -11,12 +11,14 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_IMAGE_BYTES = 64 << 20
+ORIENTATION_MARKS = (b"Exif", b"eXIf", b"exif", b"xmp", b"/xap/")  # what files with an orientation tag hold
 
 
 class ImageFolder:
@@ -140,6 +142,49 @@ def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
     if fault:
         raise ValueError(f"image {name} {fault}")
     return data
+
+
+def without_orientation(data: bytes) -> bytes | None:
+    """The same picture without its orientation tag (EXIF, XMP), pixels untouched; None when it has no such tag.
+
+    Masks are about the pixels as they are stored, and readers that follow the tag would turn the picture. The metadata
+    that holds the tag is removed as a whole.
+    """
+    if not any(mark in data for mark in ORIENTATION_MARKS) or _orientation(data) in (None, 1):
+        return None
+    parts = _jpeg_parts(data) if data.startswith(b"\xff\xd8") else _png_parts(data)
+    return b"".join(parts)
+
+
+def _orientation(data: bytes) -> int | None:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def _jpeg_parts(data: bytes) -> Iterator[bytes]:
+    """The parts of a JPEG file without its APP1 segments (EXIF and XMP)."""
+    yield data[:2]
+    position = 2
+    while data[position : position + 1] == b"\xff" and data[position + 1] != 0xDA:  # before the first scan
+        if data[position + 1] == 0xFF:  # padding
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] != 0xE1:
+            yield data[position:end]
+        position = end
+    yield data[position:]
+
+
+def _png_parts(data: bytes) -> Iterator[bytes]:
+    """The parts of a PNG file without the chunks that can hold EXIF or XMP."""
+    yield data[:8]
+    position = 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            yield data[position:end]
+        position = end
 
 
 def _image_fault(data: bytes, width: int, height: int) -> str | None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pycocotools import mask as coco_mask
 
 MAX_PIXELS = 178_956_970  # Pillow does not open larger images
-BLOCK = 1 << 20  # characters that are checked at once
+BLOCK = 1 << 18  # characters that are checked at once
 
 
 def decode_mask(rle: dict) -> np.ndarray:
@@ -147,38 +147,49 @@ def rle_covers_image(counts: pa.StringArray, pixels: np.ndarray) -> np.ndarray:
 
 def _cover(text: np.ndarray, ends: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """`rle_covers_image` of one block: characters (m,), bounds of the texts (n + 1,), pixels (n,)."""
-    length = np.diff(ends)
+    starts, stops = ends[:-1], ends[1:]
+    is_valid = stops > starts
     if not len(text):
-        return np.zeros(len(length), bool)
+        return is_valid
     bits = text - np.uint8(48)  # characters below "0" wrap to more than 63
-    is_valid = np.ones(len(length), bool)
-    is_valid[np.searchsorted(ends, np.flatnonzero(bits > 63), side="right") - 1] = False
+    if bits.max() > 63:
+        is_valid[np.searchsorted(ends, np.flatnonzero(bits > 63), side="right") - 1] = False
+    is_valid[is_valid] = (bits[stops[is_valid] - 1] & 32) == 0  # else the last number goes on
     is_last = (bits & 32) == 0  # of a number
-    is_valid &= length > 0
-    filled = np.flatnonzero(length)
-    is_valid[filled[~is_last[ends[filled + 1] - 1]]] = False
-    is_last[ends[filled + 1] - 1] = True  # so that numbers do not cross texts
+    is_last[stops[stops > starts] - 1] = True  # so that numbers do not cross texts
     last = np.flatnonzero(is_last)
-    first = np.concatenate([[0], last[:-1] + 1])
-    digits = last - first + 1
-    owner = np.searchsorted(ends, first, side="right") - 1  # text of each number
-    is_valid[owner[digits > 7]] = False
-    digits = np.minimum(digits, 7)
-    values = np.zeros(len(first), np.int64)
-    for place in range(int(digits.max())):
-        has_digit = digits > place
-        values[has_digit] |= (bits[first[has_digit] + place] & 31).astype(np.int64) << (5 * place)
-    is_negative = (bits[last] & 16) != 0
-    values[is_negative] -= np.int64(1) << (5 * digits[is_negative])
-    # From the fourth number on, a number is the difference to the one two places before.
-    index = np.arange(len(first)) - np.searchsorted(owner, owner)
-    for parity in (0, 1):
-        chain = np.flatnonzero((index % 2 == parity) & (index > 0))
-        if len(chain):
-            sums = np.cumsum(values[chain])
-            base = np.searchsorted(owner[chain], owner[chain])  # first number of the same text in the chain
-            values[chain] = sums - (sums - values[chain])[base]
-    is_valid[owner[values < 0]] = False
-    totals = np.zeros(len(length), np.int64)
-    np.add.at(totals, owner, values)
-    return is_valid & (totals == pixels)
+    digits = np.diff(last, prepend=-1)
+    number_bounds = np.searchsorted(last, ends)  # of the numbers of each text
+    first, numbers_each = number_bounds[:-1], np.diff(number_bounds)
+    values = _numbers(bits, last, np.minimum(digits, 7))
+    if digits.max() > 7:
+        is_valid[np.repeat(np.arange(len(first)), numbers_each)[digits > 7]] = False
+    # From its fourth number on, a text holds the difference to the number two places before: sums over every second
+    # number, less the sum before the text (odd places) or up to its first number (even places).
+    sums = np.empty(len(values) + 1, np.int64)
+    sums[0] = 0
+    sums[1::2], sums[2::2] = np.cumsum(values[0::2]), np.cumsum(values[1::2])
+    has_numbers = numbers_each > 0
+    begin = first[has_numbers]
+    before = np.where(begin >= 1, sums[begin], 0), sums[begin + 1]
+    lengths = numbers_each[has_numbers]
+    is_odd = (np.arange(len(values)) - np.repeat(begin, lengths)) % 2 == 1
+    counts = sums[1:] - np.where(is_odd, np.repeat(before[0], lengths), np.repeat(before[1], lengths))
+    counts[begin] = values[begin]
+    totals = np.concatenate([[0], np.cumsum(counts)])
+    is_valid &= totals[number_bounds[1:]] - totals[first] == pixels
+    if counts.min() < 0:
+        is_valid[np.repeat(np.arange(len(first)), numbers_each)[counts < 0]] = False
+    return is_valid
+
+
+def _numbers(bits: np.ndarray, last: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """The numbers that end at these characters: 5 bits a digit, low digits first; bit 4 of the last is the sign."""
+    values = (bits[last] & 15).astype(np.int64) - (bits[last] & 16)
+    rest = np.flatnonzero(digits > 1)
+    place = 1
+    while len(rest):
+        values[rest] = (values[rest] << 5) + (bits[last[rest] - place] & 31)
+        place += 1
+        rest = rest[digits[rest] > place]
+    return values

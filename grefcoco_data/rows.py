@@ -16,7 +16,7 @@ from datasets import Features, Value
 
 from grefcoco_data.annotation_json import without_garbage_collection
 from grefcoco_data.annotations import Annotations, Problems, targets
-from grefcoco_data.images import ImageFolder, ImageZip, read_image
+from grefcoco_data.images import ImageFolder, ImageZip, read_image, without_orientation
 from grefcoco_data.masks import MAX_PIXELS, merge_rles, rle_covers_image, to_rle
 from grefcoco_data.pictures import RowImage, decode_image
 
@@ -52,7 +52,7 @@ TARGETS = {"category_ids": [Value("int32")], "boxes": [BOX], "masks": [RLE], "ma
 # Column of an expression row -> field of its target objects.
 TARGET_COLUMNS = {"category_ids": "category_id", "boxes": "bbox", "masks": "segmentation"}
 IMAGE_FEATURES = Features({**IMAGE, "objects": [OBJECT], "expressions": [EXPRESSION]})
-EXPRESSION_FEATURES = Features({**IMAGE, "image": RowImage(), **EXPRESSION, **TARGETS})
+EXPRESSION_FEATURES = Features({**IMAGE, "image": RowImage(mode="RGB"), **EXPRESSION, **TARGETS})
 
 
 def image_tables(
@@ -65,7 +65,8 @@ def image_tables(
 ) -> Iterator[pa.Table]:
     """Image rows of `image_ids` as tables of up to `ROWS_PER_GROUP` rows with the schema of `IMAGE_FEATURES`.
 
-    Image bytes are not changed. What is wrong with polygons and images is added to `problems`.
+    Image bytes are not changed, except that orientation tags are removed. What is wrong with polygons and images is
+    added to `problems`.
 
     Raises:
         ValueError: an image is missing or bad and `skip_bad_images` is off.
@@ -136,7 +137,7 @@ def _read_or_note(
     source: ImageFolder | ImageZip, image: dict, problems: Problems, skip_bad_images: bool
 ) -> bytes | None:
     try:
-        return read_image(source, image)
+        data = read_image(source, image)
     except ValueError as error:
         if not skip_bad_images:
             raise ValueError(
@@ -144,6 +145,11 @@ def _read_or_note(
             ) from error
         problems.add("bad image, skipped with its sentences", error)
         return None
+    upright = without_orientation(data)
+    if upright is None:
+        return data
+    problems.add("orientation tag, which the masks ignore, removed from image", image["file_name"])
+    return upright
 
 
 @without_garbage_collection()

@@ -39,13 +39,10 @@ class ReferringImageProcessor(PilBackend):
                 0..1 or booleans.
 
         Raises:
-            ValueError: for an array of another type, range or shape.
+            ValueError: for an array of another type, range or shape, and for a PIL image of floats outside of 0..255.
         """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
         array = self._as_uint8(image)
         if array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
             array = np.moveaxis(array, 0, -1)  # channels first -> channels last
@@ -71,6 +68,30 @@ class ReferringImageProcessor(PilBackend):
                 "pass integers 0..255 or floats 0..1"
             )
         return image.astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB, by the rules of grefcoco_data/pictures.py; an RGB image is returned itself.
+
+    Grey values of 16 bits are divided by 256, floats 0..1 are multiplied by 255: Pillow's own conversion makes such
+    images white or black.
+
+    Raises:
+        ValueError: floats outside of 0..255.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
+            values = values.clip(0, 65_535) // 256
+        elif not (low >= 0 and high <= 255):
+            raise ValueError(f"an image of mode {image.mode} has values {low}..{high}; pass 0..1 or 0..255")
+        elif image.mode == "F" and high <= 1:
+            values = values * np.float32(255)
+        image = Image.fromarray(np.rint(values).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def scale_and_shift(

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import ImageInput
 
@@ -227,12 +228,26 @@ def repeat_images(batch: Batch) -> Batch:
 
 
 def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
-    """The first row of each image, and for each row the position of its image among them."""
-    first_rows = {}
+    """The first row of each picture, and for each row the position of its picture among them.
+
+    Rows share a picture when they have one image id and the same picture object, or equal pixels: image ids of two
+    data sets can be equal, and a user can change the picture of one row.
+    """
+    first_rows, image_index = [], []
+    of_image_id: dict[int, list[int]] = {}  # positions in `first_rows`
     for row in rows:
-        first_rows.setdefault(row["image_id"], row)
-    positions = {image_id: i for i, image_id in enumerate(first_rows)}
-    return list(first_rows.values()), [positions[row["image_id"]] for row in rows]
+        positions = of_image_id.setdefault(row["image_id"], [])
+        same = (i for i in positions if _is_same_picture(first_rows[i]["image"], row["image"]))
+        if (position := next(same, None)) is None:
+            position = len(first_rows)
+            positions.append(position)
+            first_rows.append(row)
+        image_index.append(position)
+    return first_rows, image_index
+
+
+def _is_same_picture(first: ImageInput, second: ImageInput) -> bool:
+    return first is second or (isinstance(first, Image.Image) and first == second)
 
 
 def check_sizes(target_sizes: Iterable[tuple[int, int]] | torch.Tensor, sentences: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
 import grefcoco
@@ -280,15 +280,43 @@ def test_bad_images_are_named_or_refused(tmp_path):
     assert set(report["splits"]) == set(grefcoco.load(tmp_path / "out"))
 
 
-def test_exif_rotation_is_ignored(tmp_path):
-    source = write_genuine(tmp_path / "set")
-    path = max((source / "train2014").iterdir())
-    picture = Image.open(path).copy()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def save_turned(picture: Image.Image, path: Path, kind: str) -> None:
+    """Write `picture` with an orientation tag, as the file format `path` has by its name or as `kind` says."""
     exif = picture.getexif()
     exif[0x0112] = 6
-    picture.save(path, exif=exif, quality=95)
-    row = grefcoco.load(source, images=source / "train2014", split="train")[0]
-    assert row["file_name"] == path.name and row["image"].size == (WIDTH, HEIGHT)
+    if kind == "XMP in PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        picture.save(path, format="PNG", pnginfo=info)
+    elif kind == "XMP in JPEG":
+        picture.save(path, format="JPEG", xmp=XMP, quality=95)
+    else:
+        picture.save(path, format=kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "XMP in JPEG", "XMP in PNG"])
+def test_orientation_is_dropped_for_every_reader(tmp_path, kind):
+    source = write_genuine(tmp_path / "set")
+    path = max((source / "train2014").iterdir())
+    save_turned(Image.open(path).convert("RGB"), path, kind)
+    with Image.open(path) as image:
+        assert image.getexif()[0x0112] == 6
+        pixels = np.asarray(image.convert("RGB"))
+    report = grefcoco.build(source, source / "train2014", tmp_path / "built")
+    assert report["problems"] == {"orientation tag, which the masks ignore, removed from image": [path.name]}
+    others = [
+        grefcoco.load(source, images=source / "train2014", split="train"),
+        grefcoco.load(tmp_path / "built", split="train"),
+        grefcoco.load(tmp_path / "built", split="train", streaming=True),
+        datasets.load_dataset(str(tmp_path / "built"), split="train"),
+    ]
+    for rows in others:
+        row = next(iter(rows))
+        assert row["file_name"] == path.name and row["image"].size == (WIDTH, HEIGHT)
+        assert np.array_equal(np.asarray(row["image"]), pixels) and not row["image"].getexif()
 
 
 def test_strict_raises_on_problems(tmp_path):

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
+from grefcoco_data import pictures
+from modeling.image_inputs import to_rgb
 from modeling.image_processing_rela import RelaImageProcessor
 from modeling.modeling_rela import RelaOutput
 from modeling.processing_rela import RelaCollator, decode_mask, encode_mask
+from modeling.referring_processor import group_by_image
 from tests.tiny_rela import WORDS, expression_rows, tiny_processor
 
 LONG = "the red square on the left and the blue square on the right and all green squares of the left on right"
@@ -66,6 +69,43 @@ def test_sixteen_bits_become_eight() -> None:
     processor = RelaImageProcessor(size={"height": 8, "width": 8}, do_normalize=False, do_rescale=False)
     pixel_values = processor(Image.fromarray(grey), return_tensors="np")["pixel_values"]
     np.testing.assert_array_equal(pixel_values[0], [grey // 256] * 3)
+
+
+def pictures_of_modes(picture: Image.Image) -> dict[str, Image.Image]:
+    ramp = np.linspace(0, 1, 1500, dtype=np.float32).reshape(30, 50)
+    simple = {mode: picture.convert(mode) for mode in ("L", "P", "CMYK", "1", "LA", "RGBA")}
+    return simple | {
+        "I;16": Image.fromarray((ramp * 65_535).astype(np.uint16)),
+        "I": Image.fromarray((ramp * 65_535).astype(np.int32)),
+        "I of 8 bits": Image.fromarray((ramp * 255).astype(np.int32)),
+        "F": Image.fromarray(ramp),
+        "F of 8 bits": Image.fromarray(ramp * 255),
+    }
+
+
+@pytest.mark.parametrize("mode", [*pictures_of_modes(Image.new("RGB", (50, 30)))])
+def test_rows_and_processors_convert_by_one_rule(mode: str, picture: Image.Image) -> None:
+    image = pictures_of_modes(picture)[mode]
+    rgb = to_rgb(image)
+    assert np.array_equal(np.asarray(rgb), np.asarray(pictures.to_rgb(image))) and rgb.mode == "RGB"
+    if mode[0] in "IF":  # neither saturated nor dark
+        assert np.asarray(rgb).max() == 255 and 120 < np.asarray(rgb).mean() < 130
+
+
+def test_floats_of_an_unknown_range_are_one_clear_error() -> None:
+    for convert in (to_rgb, pictures.to_rgb):
+        with pytest.raises(ValueError, match=r"0\.\.1 or 0\.\.255"):
+            convert(Image.fromarray(np.full((4, 4), 1000, np.float32)))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_pictures_are_told_apart_by_their_pixels(picture: Image.Image, changed: bool) -> None:
+    """Two data sets whose ids both start at 0, or a row whose picture its user has flipped."""
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if changed else picture.copy()
+    rows = [{"image_id": 0, "image": image} for image in (picture, other, picture)]
+    first_rows, image_index = group_by_image(rows)
+    assert image_index == ([0, 1, 0] if changed else [0, 0, 0])
+    assert [row["image"] for row in first_rows] == ([picture, other] if changed else [picture])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
