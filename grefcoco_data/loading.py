@@ -35,6 +35,8 @@ from grefcoco_data.rows import (
     image_tables,
     list_column,
 )
+from grefcoco_data.video_collections import VIDEO_COLLECTIONS
+from grefcoco_data.video_rows import load_videos
 
 
 @dataclass
@@ -87,7 +89,7 @@ def load(
     config: str = "grefcoco",
     split: str | None = None,
     streaming: bool = False,
-    layout: Literal["expression", "image"] = "expression",
+    layout: Literal["expression", "image", "video", "frame"] = "expression",
     columns: Sequence[str] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load gRefCOCO, or another configuration, with one row per sentence or per image.
@@ -104,11 +106,12 @@ def load(
     Args:
         source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
         images: Folder or zip of the images; with the genuine files only.
-        config: One of `CONFIGS`.
+        config: One of `CONFIGS` or of `VIDEO_CONFIGS`.
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
-            size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored.
+            size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored. Data sets about
+            videos have "frame" (the same columns as "expression") and "video"; see `load_videos`.
         columns: Columns to keep; without `image`, no image is read. The expression layout also has `objects`, the
             list of all objects of the image.
 
@@ -116,6 +119,8 @@ def load(
         ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
         FileNotFoundError: nothing usable at `source` or `images`.
     """
+    if config in VIDEO_COLLECTIONS:
+        return load_videos(source, config, split, streaming, layout, columns)
     collection_of(config)
     available = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
     if available is None:
