@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets import Features
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
-from grefcoco_data.building import REPORT, VERSION
+from grefcoco_data.building import REPORT, VERSION, read_report
 from grefcoco_data.collections import CONFIGS, collection_of
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.masks import merge_rles
@@ -36,7 +36,7 @@ from grefcoco_data.rows import (
     list_column,
 )
 from grefcoco_data.video_collections import VIDEO_COLLECTIONS
-from grefcoco_data.video_rows import load_videos
+from grefcoco_data.video_rows import THING, load_videos
 
 
 @dataclass
@@ -106,7 +106,7 @@ def load(
     Args:
         source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
         images: Folder or zip of the images; with the genuine files only.
-        config: One of `CONFIGS` or of `VIDEO_CONFIGS`.
+        config: One of `CONFIGS` or of `VIDEO_CONFIGS`; a built folder of videos needs none.
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
@@ -119,8 +119,8 @@ def load(
         ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
         FileNotFoundError: nothing usable at `source` or `images`.
     """
-    if config in VIDEO_COLLECTIONS:
-        return load_videos(source, config, split, streaming, layout, columns)
+    if (stored := _stored_config(source, config)) in VIDEO_COLLECTIONS:
+        return load_videos(source, stored, split, streaming, layout, columns)
     collection_of(config)
     available = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
     if available is None:
@@ -135,6 +135,14 @@ def load(
     return _arrange(rows, layout, columns)
 
 
+def _stored_config(source: str | Path, config: str) -> str:
+    """The configuration of a built folder of videos, which needs no `config`; else `config`."""
+    if config != "grefcoco" or not os.path.isfile(os.path.join(source, REPORT)):
+        return config
+    stored = read_report(source)["config"]
+    return stored if stored in VIDEO_COLLECTIONS else config
+
+
 def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefcoco") -> list[int]:
     """Category ids of all objects in these splits, ascending; only the column of the ids is read.
 
@@ -146,6 +154,8 @@ def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefc
     Raises:
         ValueError: unknown configuration or split.
     """
+    if _stored_config(source, config) in VIDEO_COLLECTIONS:
+        return [THING]
     collection_of(config)
     files = datasets.load_dataset_builder(str(source), config).config.data_files
     ids: set[int] = set()

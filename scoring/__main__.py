@@ -26,6 +26,7 @@ from grefcoco_data.atomic_files import new_file, write_text
 from scoring.answers import BOX_THRESHOLD, read_answers
 from scoring.measurement import COLUMNS, GREC, GRES, Measurement, batches, box_reference
 from scoring.prediction import write_answers
+from scoring.videos import add_command as add_videos_command
 from training.families import load_checkpoint
 
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--table", type=Path, metavar="CSV", help="write one line a sentence")
     add.add_argument("--out", type=Path, metavar="JSON", help="write the scores to a file too")
     add.set_defaults(run=_score)
+    add_videos_command(commands)
     return parser
 
 
