@@ -34,6 +34,7 @@ from scoring.measurement import COLUMNS, GREC, GRES, Measurement, batches, box_r
 from scoring.peers import Segmented, Segmenter, load_peer
 from scoring.prediction import OwnModel, Predictor, processes, read_origin, reparse, write_answers
 from scoring.table import csv_text, draw, markdown, table_rows
+from scoring.videos import add_command as add_videos_command
 from training.families import FAMILIES, load_checkpoint, model_type_of
 
 
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("scores", nargs="+", type=Path, help="files that `score --out` wrote")
     add.add_argument("--out", type=Path, help="path without suffix; writes .md, .csv and .png")
     add.set_defaults(run=_table)
+    add_videos_command(commands)
     return parser
 
 
