@@ -110,7 +110,7 @@ class Run:
         splits = [config.split] if config.eval_only else ["train", config.split]
         self.categories = category_ids(config.dataset, splits)
         if config.checkpoint:
-            return load_checkpoint(config.checkpoint)
+            return load_checkpoint(config.checkpoint, config.trust_remote_code)
         return new_model(config, self.sentences, self.categories if config.category_supervision else ())
 
     def sentences(self) -> Iterator[str]:

@@ -9,7 +9,6 @@ Source: "MDETR: Modulated Detection for End-to-End Multi-Modal Understanding" (I
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,11 +19,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_mdetr import MdetrConfig
 from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .loss_mdetr import LayerOutput, grounding_loss
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 from .resnet import FrozenBatchNorm, ResNet
 from .transformer_mdetr import DecoderLayer, EncoderLayer, sine_positions
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
 
 @dataclass

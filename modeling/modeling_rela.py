@@ -9,7 +9,6 @@ Source: "GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,14 +22,12 @@ from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .instances_rela import Choice, InstanceChooser, ObjectFinder, Objects
 from .loss_instances_rela import instance_loss
 from .loss_rela import category_loss, referring_loss
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 from .pixel_decoder_rela import DeformableAttention, PixelDecoder
 from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage, RegionOutput
 from .resnet import FrozenBatchNorm
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
 MAX_LOGIT = 12.0  # two logits are clamped to +-MAX_LOGIT before they are added
 MIN_RELEVANCE = -80.0  # logit whose exp is still a normal number in fp32

@@ -10,7 +10,6 @@ Source: "Vision-Language Transformer and Query Generation for Referring Segmenta
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,9 +21,7 @@ from .attention import Attention
 from .configuration_vlt import VltConfig
 from .image_index import per_sentence, refuse_data_parallel
 from .loss_vlt import kernel_squares, mask_loss
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 
 DARKNET_BLOCKS = (1, 2, 8, 8, 4)  # of the stages at strides 2 to 32
 PIXEL_SIZE = 256  # channels before the last projection of the pixels, whatever the configuration says

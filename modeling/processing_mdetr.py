@@ -46,9 +46,10 @@ class MdetrProcessor(ReferringProcessor):
         super().__init__(image_processor, tokenizer, no_target_threshold)
         self.num_positions = num_positions
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        length = min(self.num_positions, max_length or self.num_positions)
         encoding = self.tokenizer(
-            sentences, padding="longest", truncation=True, max_length=self.num_positions, return_tensors="np"
+            sentences, padding="longest", truncation=True, max_length=length, return_tensors="np"
         )
         return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 

@@ -49,11 +49,12 @@ class RelaProcessor(ReferringProcessor):
         self.max_length = max_length
         self.keep_end_token = keep_end_token
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
-        ids = np.zeros((len(sentences), self.max_length), dtype=np.int64)
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        length = min(self.max_length, max_length or self.max_length)
+        ids = np.zeros((len(sentences), length), dtype=np.int64)
         mask = np.zeros_like(ids)
-        for i, tokens in enumerate(self.tokenizer(sentences, verbose=False)["input_ids"] if sentences else []):
-            cut = tokens[: self.max_length]
+        for i, tokens in enumerate(self.tokenizer(sentences, verbose=False)["input_ids"]):
+            cut = tokens[:length]
             if self.keep_end_token:
                 cut[-1] = tokens[-1]
             ids[i, : len(cut)], mask[i, : len(cut)] = cut, 1

@@ -48,8 +48,10 @@ class VltProcessor(ReferringProcessor):
         super().__init__(image_processor, tokenizer, no_target_threshold)
         self.max_words = max_words
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
-        return {"word_vectors": self.tokenizer.word_vectors(sentences, self.max_words)}
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        vectors = self.tokenizer.word_vectors(sentences, self.max_words)  # the model's layers fix their number
+        vectors[:, self.max_words if max_length is None else max_length :] = 0
+        return {"word_vectors": vectors}
 
     def collator(
         self,

@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", required=True, type=Path, help="file of JSON lines to write; a killed run goes on")
     add.add_argument("--batch-size", type=int, help="sentences at a time; 16, with a server 4 for each request")
     add.add_argument("--sentences", type=int, help="only so many sentences, the first ones")
+    add.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own Python files if needed"
+    )
     add.add_argument("--segmenter", help="SAM that makes masks of the boxes: a model of AutoModelForMaskGeneration")
     add.add_argument("--seen", help="which COCO pictures the model was trained on; goes into the table")
     add.add_argument("--model", help="with a server: name of the model there")
@@ -137,7 +140,7 @@ def _predictor(options: argparse.Namespace, is_served: bool) -> Predictor:
         limits = {name: getattr(options, name) for name in ("concurrency", "max_tokens", "seed")}
         predictor: Predictor = Endpoint(options.checkpoint, options.model, options.grammar, **limits)
     elif (model_type := model_type_of(options.checkpoint)) in FAMILIES:
-        predictor = OwnModel(*load_checkpoint(options.checkpoint))
+        predictor = OwnModel(*load_checkpoint(options.checkpoint, options.trust_remote_code))
     else:
         predictor = load_peer(options.checkpoint, model_type)
     if options.segmenter:

@@ -39,6 +39,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
     checkpoint: str | None = option(None, "model folder or Hub id to start from or to evaluate")
+    trust_remote_code: bool = option(False, "run the checkpoint's own Python files where this project has no class")
     model: str = option({}, "fields of a new model's configuration; model_type names its family, rela by default")
     tokenizer: str | None = option(
         None,

@@ -36,8 +36,11 @@ FAMILIES = {  # by model_type
 }
 
 
-def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a folder or a Hub id.
+def load_checkpoint(checkpoint: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a folder or a Hub id, by the classes of this project.
+
+    Args:
+        trust_remote_code: run the checkpoint's own Python files for what this project has no class, as a tokenizer.
 
     Raises:
         ValueError: a model of another project.
@@ -47,8 +50,8 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
             f"{checkpoint} is a {model_type} model, not one of {', '.join(FAMILIES)}: "
             "measure it with `python -m scoring predict` and `python -m scoring score`"
         )
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
 def model_type_of(checkpoint: str) -> str:
