@@ -237,6 +237,8 @@ def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
 
 def check_sizes(target_sizes: Iterable[tuple[int, int]] | torch.Tensor, sentences: int) -> list[tuple[int, int]]:
     """The sizes as a list of (height, width); raises ValueError where there is not one for each sentence."""
+    if isinstance(target_sizes, torch.Tensor):
+        target_sizes = target_sizes.tolist()  # one copy from the device
     sizes = [tuple(map(int, size)) for size in target_sizes]
     if len(sizes) != sentences:
         raise ValueError(f"{len(sizes)} target_sizes for {sentences} sentences: pass one (height, width) each")
