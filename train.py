@@ -89,6 +89,8 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
+        if config.mixed_precision != "no":  # TF32 for what autocast leaves in fp32, above all the pixel decoder
+            torch.set_float32_matmul_precision("high")
         self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
         self.losses: list[torch.Tensor] = []  # of this process, of the steps since the last record
         check_dataset(config.dataset)

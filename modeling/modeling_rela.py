@@ -58,7 +58,8 @@ class RelaOutput(ModelOutput):
         pixel_hidden_states: pixel decoder memory at strides 32, 16, 8, likewise.
         mask_features: (B, mask channels, height / 4, width / 4), likewise.
 
-    The last four only with `output_hidden_states=True`.
+    The last four only with `output_hidden_states=True`. A model with an instance branch gives no answers (`pred_masks`
+    to `count_logits`) in training mode with labels, where nothing reads them.
     """
 
     loss: torch.Tensor | None = None
@@ -198,6 +199,7 @@ class RelaModel(RelaPreTrainedModel):
                 words = text.to(_dtype(self.instance_chooser))
                 choice = self.instance_chooser(objects, regions[-1], mask_features, words, attention_mask, image_index)
         loss, terms = None, None
+        learns_objects = self.training and objects is not None and labels is not None
         if labels is not None:
             loss, terms = referring_loss(regions, labels["masks"], labels["no_target"], self.config)
             if "categories" in labels:
@@ -210,7 +212,7 @@ class RelaModel(RelaPreTrainedModel):
         return RelaOutput(
             loss=loss,
             loss_terms=terms,
-            **self._answers(regions[-1], objects, choice, image_index),
+            **({} if learns_objects else self._answers(regions[-1], objects, choice, image_index)),
             minimap_logits=regions[-1].minimap,
             category_logits=category_logits,
             text_hidden_state=text if output_hidden_states else None,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .boxes import cxcywh_to_xyxy
+from .boxes import cxcywh_to_xyxy, upload
 from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor, image_sizes
 from .masks import decode_mask, encode_mask
@@ -135,14 +135,18 @@ class RelaProcessor(ReferringProcessor):
         if "pred_boxes" not in outputs:
             raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
         canvas, sizes = _sizes(outputs, target_sizes)
-        results = []
-        for b, (size, verdict) in enumerate(zip(sizes, self._verdicts(outputs, no_target_threshold), strict=True)):
-            scores, order = outputs["pred_scores"][b].float().sort(descending=True)
-            order = order[(scores.double() >= threshold) & (not verdict["no_target"])]
-            boxes = self._pixel_boxes(outputs["pred_boxes"][b, order].float(), size, canvas)
-            result = {"boxes": boxes, "scores": scores[: len(order)], **verdict}
+        # All sentences together: the numbers come from the device once for a batch, not several times for a sentence.
+        scores, order = outputs["pred_scores"].float().sort(dim=1, descending=True)
+        boxes = outputs["pred_boxes"].float().take_along_dim(order[..., None], dim=1)
+        boxes = self._pixel_boxes(boxes, sizes, canvas)
+        counts = (scores.double() >= threshold).sum(1).tolist()
+        verdicts, results = self._verdicts(outputs, no_target_threshold), []
+        for b, (size, count, verdict) in enumerate(zip(sizes, counts, verdicts, strict=True)):
+            count = 0 if verdict["no_target"] else count
+            result = {"boxes": boxes[b, :count], "scores": scores[b, :count], **verdict}
             if return_masks:
-                masks = [self._enlarge(x.float(), size, canvas) > 0 for x in outputs["instance_masks"][b, order]]
+                chosen = outputs["instance_masks"][b].index_select(0, order[b, :count])
+                masks = [self._enlarge(x.float(), size, canvas) > 0 for x in chosen]
                 result["masks"] = [encode_mask(mask.cpu().numpy()) for mask in masks]
             results.append(result)
         return results
@@ -153,12 +157,16 @@ class RelaProcessor(ReferringProcessor):
         scores = self.no_target_scores(outputs).tolist()
         return [{"no_target": score > limit, "no_target_score": score} for score in scores]
 
-    def _pixel_boxes(self, boxes: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
-        """cxcywh relative to the processed image -> x0, y0, x1, y1 in pixels of the original, inside it."""
-        inner, outer = (canvas, canvas) if size == canvas else image_sizes(size, self.image_processor.size)
-        height, width = (side * out / part for side, out, part in zip(size, outer, inner, strict=True))
-        boxes = cxcywh_to_xyxy(boxes * boxes.new_tensor([width, height] * 2))
-        return torch.minimum(boxes.clamp(min=0), boxes.new_tensor(size[::-1] * 2))
+    def _pixel_boxes(self, boxes: torch.Tensor, sizes: list[tuple[int, int]], canvas: tuple[int, int]) -> torch.Tensor:
+        """(B, n, 4) cxcywh relative to the processed images -> x0, y0, x1, y1 in pixels of the originals, inside."""
+        scales, limits = [], []
+        for size in sizes:
+            inner, outer = (canvas, canvas) if size == canvas else image_sizes(size, self.image_processor.size)
+            height, width = (side * out / part for side, out, part in zip(size, outer, inner, strict=True))
+            scales.append([width, height] * 2)
+            limits.append(size[::-1] * 2)
+        scales, limits = (upload(numbers, boxes.device, boxes.dtype)[:, None] for numbers in (scales, limits))
+        return torch.minimum(cxcywh_to_xyxy(boxes * scales).clamp(min=0), limits)
 
     def _enlarge(self, logits: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
         """Stride-4 logits (h, w) at `size`, without the padding of a letterboxed image."""

@@ -297,6 +297,8 @@ def check_sizes(target_sizes: Iterable[tuple[int, int]] | torch.Tensor, sentence
     Raises:
         ValueError: where there is not one for each sentence, or one is not two numbers of at least 1.
     """
+    if isinstance(target_sizes, torch.Tensor):
+        target_sizes = target_sizes.tolist()  # one copy from the device
     sizes = [tuple(map(int, size)) for size in target_sizes]
     if len(sizes) != sentences:
         raise ValueError(f"{len(sizes)} target_sizes for {sentences} sentences: pass one (height, width) each")

@@ -75,6 +75,7 @@ class TrainerMetrics:
 
     def add(self, counts: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
         """Add a batch: what `reduce` gave, gathered or not, and the collator's labels."""
+        counts = counts.cpu()  # one copy from the device
         masks = MASK_COUNTS if "gres" in self.metrics and "masks" in labels else 0
         if masks:
             self._add_masks(counts[:, :masks], labels)
@@ -111,9 +112,9 @@ class TrainerMetrics:
         )
 
     def _add_boxes(self, boxes: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
-        predictions = [row[row[:, 4] >= 0].cpu().numpy() for row in boxes]
+        predictions = [row[row[:, 4] >= 0].numpy() for row in boxes]
         # Padding is negative; a true box has its right edge in the image.
-        targets = [row[row[:, 2] >= 0].cpu().numpy() for row in labels["target_boxes"]]
+        targets = [row[row[:, 2] >= 0].numpy() for row in labels["target_boxes"].cpu()]
         ids = zip(labels["sent_id"].tolist(), labels["image_id"].tolist(), strict=True)
         self.accumulators["grec"].add_batch(
             predictions=[{"boxes": row[:, :4], "scores": row[:, 4]} for row in predictions],

@@ -67,7 +67,7 @@ class TrainConfig:
     lr_warmup_steps: int = option(0, "steps of linear warm-up, at the start and again after the category warm-up")
     category_supervision: bool = option(False, "also train the vision trunk on the category of every annotated pixel")
     category_warmup_steps: int = option(0, "first steps that train the vision trunk alone, on categories and objects")
-    mixed_precision: str = option("no", "no, fp16 or bf16")
+    mixed_precision: str = option("no", "no, fp16 or bf16; with the last two, fp32 matrix products use TF32 on a GPU")
     ema_decay: float = option(0.0, "average the weights with this decay (EMA), measure and save the average")
     # run
     output_dir: str = option("runs/train", "folder that the run writes")
