@@ -29,6 +29,8 @@ from grefcoco_data.expressions import ExpressionTable, expression_features
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, explode, image_tables
 
+NEEDED = ("image_id", "height", "width", "objects", "expressions")  # columns of image rows that make expression rows
+
 
 @dataclass
 class GrefcocoConfig(datasets.BuilderConfig):
@@ -198,7 +200,7 @@ def _arrange(
         return rows.select_columns(columns)
     if isinstance(rows, datasets.Dataset):
         return _expression_rows(rows, columns)
-    needed = [name for name in IMAGE_FEATURES if name in ("objects", "expressions", "height", "width", *columns)]
+    needed = [name for name in IMAGE_FEATURES if name in (*NEEDED, *columns)]
     stream = rows.select_columns(needed)
     if "image" in needed:
         stream = stream.cast_column("image", datasets.Image(decode=False))

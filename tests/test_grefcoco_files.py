@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grefcoco_data import annotations, images, masks
-from tests.sizes import MUTATED_FILES
+from tests.sizes import MUTATED_FILES, MUTATED_ZIPS
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,6 +228,98 @@ def test_damaged_zips_are_refused(tmp_path, genuine):
     (tmp_path / "a.zip").write_bytes(data[:-30])
     with pytest.raises(ValueError, match="not a complete zip"):
         images.ImageZip(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("name", ["my photo (1).jpg", "a+b.jpg", "val2014/a.jpg", "p\u00e4r.jpg", "a'b,c.jpg"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip with backslashes"])
+def test_harmless_names_are_read(tmp_path, genuine, name, kind):
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    if kind == "folder":
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).write_bytes(data)
+        source = images.ImageFolder(tmp_path / "images")
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            info = zipfile.ZipInfo("x/" + name)
+            info.filename = info.filename.replace("/", "\\") if "backslashes" in kind else info.filename
+            archive.writestr(info, data)
+        source = images.ImageZip(tmp_path / "a.zip")
+    assert images.read_image(source, record(name)) == data
+
+
+def zip_of(path: Path, data: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.jpg", data)
+    return bytearray(path.read_bytes())
+
+
+def encrypted(content: bytearray) -> None:
+    content[content.index(b"PK\1\2") + 8] |= 1
+
+
+def damaged(content: bytearray) -> None:
+    content[60:90] = b"\xff" * 30
+
+
+def of_unknown_version(content: bytearray) -> None:
+    content[content.index(b"PK\1\2") + 6] = 200
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(encrypted, "password"), (damaged, "damaged in the zip"), (of_unknown_version, "version")],
+)
+def test_faults_of_zips_are_named(tmp_path, genuine, damage, message):
+    content = zip_of(tmp_path / "a.zip", next((genuine / "train2014").iterdir()).read_bytes())
+    damage(content)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_rare_compression_is_named(tmp_path, genuine, method):
+    zip_of(tmp_path / "a.zip", next((genuine / "train2014").iterdir()).read_bytes(), method)
+    with pytest.raises(ValueError, match=f"method {method}"):
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path, genuine):
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("train2014/a.jpg", data)
+        archive.writestr("val2014/a.jpg", b"another")
+    source = images.ImageZip(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match=r"'train2014/a\.jpg' and 'val2014/a\.jpg'"):
+        images.read_image(source, record())
+    assert images.read_image(source, record("train2014/a.jpg")) == data
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("/dev/zero")
+    for name in ("a.jpg", "b.jpg"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            images.read_image(images.ImageFolder(tmp_path), record(name))
+
+
+def test_any_zip_is_read_or_is_one_error(tmp_path, genuine):
+    """Bytes changed, cut out and doubled at random places."""
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    whole = {method: zip_of(tmp_path / "a.zip", data, method) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)}
+    chance = random.Random(0)
+    for number in range(MUTATED_ZIPS):
+        content = bytearray(whole[chance.choice([*whole])])
+        for _ in range(chance.randint(1, 4)):
+            start = len(content) - chance.randrange(min(160, len(content)))  # the table of contents is at the end
+            start = chance.choice([chance.randrange(90), min(start, len(content) - 1)])
+            content[start : start + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+        (tmp_path / f"{number}.zip").write_bytes(content)
+        try:
+            assert images.read_image(images.ImageZip(tmp_path / f"{number}.zip"), record()) == data
+        except ValueError as error:
+            assert "\n" not in str(error)
+        (tmp_path / f"{number}.zip").unlink()
 
 
 def png_header(width: int, height: int) -> bytes:
