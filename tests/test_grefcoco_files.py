@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grefcoco_data import annotations, images, masks
+from tests.processes import fork
 from tests.sizes import MUTATED_FILES, MUTATED_ZIPS
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
@@ -76,6 +78,9 @@ PROBLEMS = {
     "no_target flag": ("grefs(unc).json", lambda x: x[0].update(no_target=False)),
     "duplicate ref id": ("grefs(unc).json", lambda x: x.append(x[0])),
     "duplicate sentence id": ("grefs(unc).json", lambda x: x.append(x[0])),
+    "box of negative width": ("instances.json", lambda x: x["annotations"][0].update(bbox=[9, 9, -2, 3])),
+    "ref that names an annotation twice": ("grefs(unc).json", lambda x: x[1].update(ann_id=x[1]["ann_id"] * 2)),
+    "ref with more than 100 targets": ("grefs(unc).json", lambda x: x[1].update(ann_id=x[1]["ann_id"] * 101)),
     "empty sentence": ("grefs(unc).json", lambda x: x[0]["sentences"][0].update(sent=" ")),
 }
 
@@ -113,6 +118,8 @@ FIELDS = {
     "annotations[0] needs": ("instances.json", lambda x: x["annotations"][0].update(bbox=[1, 2, 3, 1e300])),
     "refs[0].split": ("grefs(unc).json", lambda x: x[0].update(split="../train")),
     "refs[2].ann_id": ("grefs(unc).json", lambda x: x[2].update(ann_id=["1"])),
+    "refs[3].category_id": ("grefs(unc).json", lambda x: x[3].update(category_id=[[1]])),
+    "refs[1].image_id": ("grefs(unc).json", lambda x: x[1].update(image_id=[int("9" * 4_000)] * 3)),
     "refs[1].sentences[0].sent": ("grefs(unc).json", lambda x: x[1]["sentences"][0].update(sent="\ud800")),
     "refs[0].ref_id": ("grefs(unc).json", lambda x: x[0].update(ref_id=2**64)),
 }
@@ -180,6 +187,30 @@ class Canary:
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (str(self.path),)
+
+
+def deep(depth: int) -> bytes:
+    """A pickle of a list of a ref whose id is a list in a list in a list ..."""
+    return b"\x80\x02]}U\x06ref_id" + b"]" * depth + b"a" * (depth - 1) + b"sa."
+
+
+@pytest.mark.parametrize("content", ["memo", "memo in text", "bytes", "deep"])
+def test_pickles_that_take_much_memory_or_depth_are_refused(genuine, content):
+    as_family(genuine, 2)
+    bombs = {"memo": b"\x80\x02Nr\xff\xff\xff\x0f.", "memo in text": b"Np99999999\n.", "deep": deep(100_000)}
+    bombs["bytes"] = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
+    (genuine / "refcoco" / "refs(unc).p").write_bytes(bombs[content])
+    done = fork(read_with_little_memory, genuine)
+    assert done.returncode == 0, done.stderr
+
+
+def read_with_little_memory(genuine: Path) -> None:
+    """Read in at most 500 MB more than the process has now."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (500 << 20),) * 2)
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p") as error:
+        annotations.read_annotations(genuine, "refcoco_unc")
+    assert not isinstance(error.value.__cause__, MemoryError) and len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("content", ["canary", "cut", "text"])
