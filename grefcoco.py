@@ -31,15 +31,21 @@ else:  # indented, because `datasets` before 4 asks for a package of the index f
     from grefcoco_data.grefer import GRefer
     from grefcoco_data.loading import Grefcoco, category_ids, load, shuffle_shards
     from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES
+    from grefcoco_data.video_building import build_videos
+    from grefcoco_data.video_collections import VIDEO_CONFIGS
+    from grefcoco_data.video_rows import VIDEO_FEATURES
 
 __version__ = "0.1.0"
 __all__ = [
     "CONFIGS",
     "EXPRESSION_FEATURES",
     "IMAGE_FEATURES",
+    "VIDEO_CONFIGS",
+    "VIDEO_FEATURES",
     "GRefer",
     "Grefcoco",
     "build",
+    "build_videos",
     "category_ids",
     "load",
     "shuffle_shards",

@@ -19,8 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -56,9 +55,11 @@ from scoring.measurement import Measurement
 from scoring.model_card import model_card
 from scoring.pictures import draw_answers, draw_learning_curve
 from training.augmentation import Augmentation
-from training.config import TrainConfig, parse_config
+from training.config import TrainConfig, check_dataset, parse_config
 from training.families import FAMILIES, Family, load_checkpoint, new_model
-from training.sampling import SentenceBatchSampler, StreamedBatches, TrainRows
+from training.output_lock import FolderInUse, locked
+from training.progress import Progress
+from training.sampling import SentenceBatchSampler, StreamedBatches, TrainRows, pick_rows, vision_only
 from training.schedule import rate_factor, weight_average
 
 LOGGING_STEPS = 50  # steps between records of the loss
@@ -69,18 +70,6 @@ logger = get_logger(__name__)
 
 class Stopped(RuntimeError):
     """A run cannot continue; the message says why and what to do."""
-
-
-@dataclass
-class Progress:
-    """The progress of a run, saved with every checkpoint."""
-
-    step: int = 0  # optimiser steps
-    seconds: float = 0.0
-    waiting: float = 0.0  # seconds of them spent on waiting for the next batch
-    skipped: int = 0  # steps without a finite gradient
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: float | None = None
 
 
 class Run:
@@ -100,7 +89,11 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
+        if config.mixed_precision != "no":  # TF32 for what autocast leaves in fp32, above all the pixel decoder
+            torch.set_float32_matmul_precision("high")
         self.progress, self.stop_signal, self.skipped_in_a_row = Progress(), None, 0
+        self.losses: list[torch.Tensor] = []  # of this process, of the steps since the last record
+        check_dataset(config.dataset)
         self.model, self.processor = self.load_model()
         columns = [*self.processor.columns(training=False), "boxes", "objects"]
         self.rows = grefcoco.load(config.dataset, split=config.split, columns=list(dict.fromkeys(columns)))
@@ -119,7 +112,7 @@ class Run:
         splits = [config.split] if config.eval_only else ["train", config.split]
         self.categories = category_ids(config.dataset, splits)
         if config.checkpoint:
-            return load_checkpoint(config.checkpoint)
+            return load_checkpoint(config.checkpoint, config.trust_remote_code)
         return new_model(config, self.sentences, self.categories if config.category_supervision else ())
 
     def sentences(self) -> Iterator[str]:
@@ -131,7 +124,9 @@ class Run:
         """The processor's collator; measuring needs the categories too, for the answer of every object."""
         supervised = self.config.category_supervision or not training
         categories = self.categories if supervised else ()
-        return self.processor.collator(self.model_config, self.config.text_column, categories, training)
+        return self.processor.collator(
+            self.model_config, self.config.text_column, categories, training, share_images=True
+        )
 
     def _prepare_training(self) -> None:
         config = self.config
@@ -159,13 +154,13 @@ class Run:
             self.average.to(self.accelerator.device)
         if config.resume_from_checkpoint:
             self.resume(config.resume_from_checkpoint)
-        self.accelerator.init_trackers("tracker", config=_scalars(dataclasses.asdict(config)))
 
     def train(self) -> None:
         """Train from `progress.step` to `max_train_steps`, measuring, recording and saving along the way."""
         config, progress = self.config, self.progress
+        self.accelerator.init_trackers("tracker", config=_scalars(dataclasses.asdict(config)))
         batches = self.batches(progress.step * config.gradient_accumulation_steps)
-        started, losses = time.perf_counter() - progress.seconds, []
+        started = time.perf_counter() - progress.seconds
         with tqdm(
             total=config.max_train_steps,
             initial=progress.step,
@@ -174,14 +169,14 @@ class Run:
             disable=not self.accelerator.is_main_process,
         ) as bar:
             while progress.step < config.max_train_steps and not self.stopping():
-                losses.append(self.train_step(batches))
+                self.losses.append(self.train_step(batches))
                 progress.step += 1
                 progress.seconds = time.perf_counter() - started
                 bar.update()
                 last = progress.step == config.max_train_steps
                 if progress.step % LOGGING_STEPS == 0 or last:
-                    loss = self.accelerator.reduce(torch.stack(losses).nanmean(), "mean").item()
-                    losses.clear()
+                    loss = self.accelerator.reduce(torch.stack(self.losses).nanmean(), "mean").item()
+                    self.losses.clear()
                     bar.set_postfix(loss=f"{loss:.3f}")
                     self.record({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]})
                 if progress.step % config.eval_steps == 0 and not last:
@@ -351,12 +346,14 @@ class Run:
         self.accelerator.wait_for_everyone()
         with self.disk_errors(final):
             self.accelerator.save_state(str(staging))
+            losses = self.accelerator.gather(torch.stack(self.losses)[None]).tolist() if self.losses else []
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with self.disk_errors(final):
                 if self.average is not None:
                     save_file(self.average.state_dict(), staging / "average.safetensors")
-                (staging / "progress.json").write_text(json.dumps(dataclasses.asdict(self.progress)))
+                progress = dataclasses.replace(self.progress, losses=losses)
+                (staging / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
                 seal(staging)
                 publish(staging, final)
             for old in sorted(final.parent.glob("step-*"))[: -self.config.checkpoints_total_limit]:
@@ -389,6 +386,9 @@ class Run:
                 if self.average is not None:
                     self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
                 self.progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+                if len(self.progress.losses) == self.accelerator.num_processes:
+                    losses = self.progress.losses[self.accelerator.process_index]
+                    self.losses = list(torch.tensor(losses, device=self.accelerator.device))
                 logger.info("resumed from %s", checkpoint)
                 return
             if choice != "latest":
@@ -450,7 +450,8 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
         best, worst = measurement.extremes(6)
-        self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
+        if best:  # no sentence has a target otherwise
+            self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
         if not self.accelerator.is_main_process:
             return
         summary = {**scores, **measurement.details(), "train": self._training_summary()}
@@ -504,21 +505,6 @@ class Run:
         }
 
 
-def pick_rows(rows: Dataset, per_kind: int, seed: int) -> Dataset:
-    """Pick `per_kind` random rows each of several, one and no target, in that order."""
-    random = np.random.default_rng(seed)
-    counts = np.array([len(ids) for ids in rows.with_format(None)["ann_ids"]])
-    kinds = [np.flatnonzero(chosen) for chosen in (counts > 1, counts == 1, counts == 0)]
-    return rows.select(np.concatenate([random.permutation(kind)[:per_kind] for kind in kinds]).tolist())
-
-
-def vision_only(batch: dict[str, object]) -> dict[str, object]:
-    """The part of a batch that trains the vision trunk on categories and objects, without any sentence."""
-    names = ("categories", "object_boxes", "object_masks", "num_objects")
-    labels = {name: batch["labels"][name] for name in names if name in batch["labels"]}
-    return {"pixel_values": batch["pixel_values"], "labels": labels}
-
-
 def _scalars(values: dict[str, object]) -> dict[str, object]:
     """What a tracker can show."""
     return {key: value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
@@ -535,15 +521,16 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, HfHubHTTPError) as error:
         _fail(error)
     try:
-        if not run.config.eval_only:
-            run.train()
-        if run.stop_signal is not None:
-            run.save_checkpoint()
-            print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest continues from there")
-            sys.exit(128 + run.stop_signal)
-        run.finish()
-    except Stopped as stopped:
-        _fail(stopped)
+        with locked(run.output_dir) if run.accelerator.is_main_process else nullcontext():
+            if not run.config.eval_only:
+                run.train()
+            if run.stop_signal is not None:
+                run.save_checkpoint()
+                print(f"stopped at step {run.progress.step}; --resume_from_checkpoint latest continues from there")
+                sys.exit(128 + run.stop_signal)
+            run.finish()
+    except (Stopped, FolderInUse) as error:
+        _fail(error)
     run.accelerator.end_training()
 
 

@@ -5,7 +5,6 @@ only ("answered together", "calibrated") are measured again, not trained. A row 
 so an interrupted table continues. Unknown flags are passed to train.py.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from grefcoco_data.arguments import ArgumentParser
 from train import Run
 from training.config import TrainConfig, read_recipe
 
@@ -48,7 +48,7 @@ SCORES = {"gIoU": 2, "cIoU": 2, "N_acc": 3, "T_acc": 3, "grec/F1_score": 3}  # a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("dataset", help="built data set folder")
     parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of each run")

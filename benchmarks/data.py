@@ -28,6 +28,8 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
+from grefcoco_data.arguments import ArgumentParser
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
@@ -40,7 +42,7 @@ PICTURES = {"--images": 1_500, "--refs": 18_750, "--anns-per-image": 9.84, "--se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for the data; reused when it exists")
     parser.add_argument("--original", type=Path)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 
+from grefcoco_data.arguments import ArgumentParser
+
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import argparse
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,7 @@ RUNS = 250  # of the mask of an object referred to in COCO, squashed to 480 x 48
 
 def main() -> None:
     """Run every comparison and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=512, help="sentences per comparison")
     parser.add_argument("--million", type=int, default=1_000_000, help="sentences of the memory test")
     options = parser.parse_args()

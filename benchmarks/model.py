@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
 from benchmarks.original_rela import OriginalRela
+from grefcoco_data.arguments import ArgumentParser
 from modeling.configuration_rela import RelaConfig
 from modeling.convert_rela import convert_state_dict
 from modeling.modeling_rela import RelaModel
@@ -26,7 +27,7 @@ GIGAFLOP = {"forward": 262.6, "forward and backward": 771.7}  # Swin-B, one imag
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--original", type=Path, help="checkout of the original ReLA repository")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the minimum is reported")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")

@@ -5,7 +5,6 @@ gradient clipping and AdamW. Both sides get the same random batch and alternate 
 CPU time. The loss of the original is its three cross entropies.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import nn
 
 from benchmarks.model import SIDE, random_inputs
 from benchmarks.original_rela import OriginalRela
+from grefcoco_data.arguments import ArgumentParser
 from modeling.configuration_rela import RelaConfig
 from modeling.convert_rela import convert_state_dict
 from modeling.modeling_rela import RelaModel
@@ -23,7 +23,7 @@ from modeling.training_rela import parameter_groups
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--original", type=Path, required=True, help="checkout of the original ReLA repository")
     parser.add_argument("--batch", type=int, default=1, help="sentences per step")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the median is reported")

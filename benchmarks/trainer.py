@@ -4,7 +4,6 @@ The same new model, batches, learning rates and losses, measured by the same acc
 JSON. Streams, augmentation and weight averages are not supported here.
 """
 
-import argparse
 import json
 import time
 from functools import partial
@@ -17,13 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import grefcoco
-import train
+from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.loading import category_ids
 from scoring.measurement import GREC, GRES
 from training.augmentation import Augmentation
 from training.config import TrainConfig, read_recipe
 from training.families import FAMILIES, new_model
-from training.sampling import SentenceBatchSampler, TrainRows
+from training.sampling import SentenceBatchSampler, TrainRows, vision_only
 from training.schedule import rate_factor
 
 
@@ -43,7 +42,7 @@ class SceneTrainer(Trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("dataset", help="built data set folder or Hub id")
     parser.add_argument("out", type=Path, help="folder for the model")
@@ -69,10 +68,10 @@ def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
     columns = [*processor.columns(training=True, config=model.config), "boxes", "objects"]
     columns = list(dict.fromkeys(columns))
     rows, val = (grefcoco.load(config.dataset, split=split, columns=columns) for split in ("train", config.split))
-    collator = processor.collator(model.config, config.text_column, supervised, training=True)
+    collator = processor.collator(model.config, config.text_column, supervised, True, share_images=True)
     metrics = processor.trainer_metrics(GRES, GREC)
     warm_up = config.category_warmup_steps
-    phases = [(0, warm_up, 1, lambda rows: train.vision_only(collator(rows)))] if warm_up else []
+    phases = [(0, warm_up, 1, lambda rows: vision_only(collator(rows)))] if warm_up else []
     phases.append((warm_up, config.max_train_steps - warm_up, config.sentences_per_image, collator))
     parameter_groups = FAMILIES[model.config.model_type].training.parameter_groups
     for first, steps, sentences_per_image, collate in phases:
@@ -86,7 +85,7 @@ def fit(config: TrainConfig, out: Path) -> tuple[PreTrainedModel, Trainer]:
                 str(out), max_steps=steps, per_device_train_batch_size=config.per_device_train_batch_size,
                 per_device_eval_batch_size=config.per_device_train_batch_size, max_grad_norm=config.max_grad_norm,
                 seed=config.seed, remove_unused_columns=False, label_names=["labels"], batch_eval_metrics=True,
-                report_to=[], save_strategy="no", logging_steps=train.LOGGING_STEPS,
+                report_to=[], save_strategy="no", logging_steps=50,
             ),
             train_dataset=rows, eval_dataset=val, data_collator=collate, processing_class=processor,
             compute_metrics=metrics, preprocess_logits_for_metrics=metrics.reduce,

@@ -79,7 +79,7 @@ class Annotations:
 
 def count_kinds(targets_each: np.ndarray) -> tuple[int, int, int, int]:
     """Numbers of sentences with no, one and several targets, and the most targets; of the targets of each sentence."""
-    kinds = (targets_each == 0).sum(), (targets_each == 1).sum(), (targets_each > 1).sum(), targets_each.max()
+    kinds = (targets_each == 0).sum(), (targets_each == 1).sum(), (targets_each > 1).sum(), targets_each.max(initial=0)
     return tuple(map(int, kinds))
 
 

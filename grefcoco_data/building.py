@@ -14,7 +14,7 @@ import shutil
 import string
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +267,7 @@ def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> di
     splits: dict[str, dict[str, int]] = {}
     shards = {}
     with tqdm(total=sum(len(job.image_ids) for job in jobs), unit="image", desc="build", disable=None) as bar:
-        for job, (counts, digest, shard_problems) in zip(jobs, _run(jobs, num_proc)):
+        for job, (counts, digest, shard_problems) in zip(jobs, run_jobs(write_shard, jobs, num_proc)):
             bar.update(len(job.image_ids))
             problems.merge(shard_problems)
             shards[f"data/{Path(job.path).name}"] = digest
@@ -284,16 +284,17 @@ def _write_shards(jobs: list[ShardJob], notes: Annotations, num_proc: int) -> di
     return {"splits": splits, "problems": problems, **parts}
 
 
-def _run(jobs: list[ShardJob], num_proc: int) -> Iterator[tuple[dict[str, int], str, Problems]]:
+def run_jobs(write: Callable, jobs: list, num_proc: int) -> Iterator[tuple[dict[str, int], str, Problems]]:
+    """The results of `write` for each job, in order, from `num_proc` processes."""
     if num_proc == 1:
-        yield from map(write_shard, jobs)
+        yield from map(write, jobs)
         return
     # Forked workers inherit the parsed annotations. Without fork, each worker parses them once.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(num_proc, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            yield from pool.map(write_shard, jobs)
+            yield from pool.map(write, jobs)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -10,9 +10,6 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
-
 from grefcoco_data.annotations import Problems, find_files, read_annotations
 from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.atomic_files import sha256
@@ -21,14 +18,20 @@ from grefcoco_data.collections import COLLECTIONS, CONFIGS
 from grefcoco_data.export import export
 from grefcoco_data.grefer import GRefer
 from grefcoco_data.loading import load
-from grefcoco_data.official import download
+from grefcoco_data.official import download, push
 from grefcoco_data.show import draw_statistics, sentence_statistics, write_samples_page
+from grefcoco_data.video_collections import VIDEO_CONFIGS
+from grefcoco_data.video_commands import run_video_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0; 1 when `check` finds damage; 2 after one line on bad input."""
     options = _parser().parse_args(arguments)
     try:
+        if options.config in VIDEO_CONFIGS:
+            return run_video_command(options)
+        if getattr(options, "images", "") is None and options.command in ("build", "download"):
+            raise ValueError("--images is missing.")
         return options.run(options)
     except (OSError, ValueError) as error:
         print(f"grefcoco {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     source = "a built folder, or a folder of genuine files"
     add = commands.add_parser("build", help="write the genuine files as Parquet that load_dataset reads")
     add.add_argument("--annotations", required=True, help="folder of the refs file and instances.json")
-    add.add_argument("--images", required=True, help="folder or zip of the images, or hf://datasets/OWNER/NAME/PATH")
+    add.add_argument("--images", help="folder or zip of the images, or hf://datasets/OWNER/NAME/PATH; not for videos")
     add.add_argument("--out", required=True, help="folder to make, or an earlier build to replace")
     add.add_argument("--download", action="store_true", help="download missing official files first")
     add.add_argument("--strict", action="store_true", help="stop at any problem in the files")
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _finish(add, _build)
     add = commands.add_parser("download", help="download missing official annotation files and images")
     add.add_argument("--annotations", required=True, help="folder for the annotation files")
-    add.add_argument("--images", required=True, help="path for the zip of images, or a folder that has them")
+    add.add_argument("--images", help="path for the zip of images, or a folder that has them; not for videos")
     _finish(add, _download)
     add = commands.add_parser("check", help="check a data set: damage, official hashes and counts")
     add.add_argument("source", help=source)
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finish(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("--config", default="grefcoco", choices=CONFIGS)
+    parser.add_argument("--config", default="grefcoco", choices=[*CONFIGS, *VIDEO_CONFIGS])
     parser.set_defaults(run=run)
 
 
@@ -100,20 +103,10 @@ def _build(options: argparse.Namespace) -> int:
         print(_counts_line(split, counts))
     _print_problems(report["problems"])
     if options.push_to_hub:
-        _push(options.out, options.push_to_hub)
+        push(options.out, options.push_to_hub)
     place = options.push_to_hub or options.out
     print(f"{place} is ready: datasets.load_dataset({place!r})")
     return 0
-
-
-def _push(folder: str, repo: str) -> None:
-    """Upload a built folder as a data set; shards of an earlier build are deleted from the repository."""
-    place = {"repo_id": repo, "repo_type": "dataset"}
-    try:
-        HfApi().create_repo(**place, exist_ok=True)
-        HfApi().upload_folder(**place, folder_path=folder, delete_patterns="data/*")
-    except (HTTPError, RuntimeError) as error:  # RuntimeError: the client has given up retrying
-        raise OSError(f"The upload to {repo} failed: {error} Run again to complete it.") from error
 
 
 def _download(options: argparse.Namespace) -> int:

@@ -23,11 +23,13 @@ from datasets import Features
 from datasets.fingerprint import Hasher
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
-from grefcoco_data.building import REPORT, VERSION
+from grefcoco_data.building import REPORT, VERSION, read_report
 from grefcoco_data.collections import CONFIGS, collection_of
 from grefcoco_data.expressions import ExpressionTable, expression_features
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, explode, image_tables
+from grefcoco_data.video_collections import VIDEO_COLLECTIONS
+from grefcoco_data.video_rows import THING, load_videos
 
 NEEDED = ("image_id", "height", "width", "objects", "expressions")  # columns of image rows that make expression rows
 
@@ -82,7 +84,7 @@ def load(
     config: str = "grefcoco",
     split: str | None = None,
     streaming: bool = False,
-    layout: Literal["expression", "image"] = "expression",
+    layout: Literal["expression", "image", "video", "frame"] = "expression",
     columns: Sequence[str] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load gRefCOCO, or another configuration, with one row per sentence or per image.
@@ -104,11 +106,12 @@ def load(
     Args:
         source: A built folder, a Hub data set id, or a folder with the genuine annotation files.
         images: Folder or zip of the images; with the genuine files only.
-        config: One of `CONFIGS`.
+        config: One of `CONFIGS` or of `VIDEO_CONFIGS`; a built folder of videos needs none.
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
-            size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored.
+            size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored. Data sets about
+            videos have "frame" (the same columns as "expression") and "video"; see `load_videos`.
         columns: Columns to keep; without `image`, no image is read. The expression layout also has `objects`, the
             list of all objects of the image.
 
@@ -116,6 +119,8 @@ def load(
         ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
         FileNotFoundError: nothing usable at `source` or `images`.
     """
+    if (stored := _stored_config(source, config)) in VIDEO_COLLECTIONS:
+        return load_videos(source, stored, split, streaming, layout, columns)
     collection_of(config)
     available = {"expression": [*EXPRESSION_FEATURES, "objects"], "image": list(IMAGE_FEATURES)}.get(layout)
     if available is None:
@@ -130,6 +135,14 @@ def load(
     return _arrange(rows, layout, columns)
 
 
+def _stored_config(source: str | Path, config: str) -> str:
+    """The configuration of a built folder of videos, which needs no `config`; else `config`."""
+    if config != "grefcoco" or not os.path.isfile(os.path.join(source, REPORT)):
+        return config
+    stored = read_report(source)["config"]
+    return stored if stored in VIDEO_COLLECTIONS else config
+
+
 def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefcoco") -> list[int]:
     """Category ids of all objects in these splits, ascending; only the column of the ids is read.
 
@@ -141,6 +154,8 @@ def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefc
     Raises:
         ValueError: unknown configuration or split.
     """
+    if _stored_config(source, config) in VIDEO_COLLECTIONS:
+        return [THING]
     collection_of(config)
     files = datasets.load_dataset_builder(str(source), config).config.data_files
     ids: set[int] = set()

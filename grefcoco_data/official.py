@@ -1,4 +1,4 @@
-"""Download of an official release: annotation files of a pinned revision with known sha256, and the zip of images."""
+"""Download of an official release, of a pinned revision with known sha256; upload of a built folder to the Hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub import hf_hub_url
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 from grefcoco_data.atomic_files import sha256, sync
@@ -53,6 +54,16 @@ def download_file(url: str, path: Path, digest: str | None = None) -> None:
         raise ValueError(f"{url} has sha256 {actual}, not {digest}; it was deleted. Run again.")
     sync(partial)
     partial.replace(path)
+
+
+def push(folder: str, repo: str) -> None:
+    """Upload a built folder as a data set; shards of an earlier build are deleted from the repository."""
+    place = {"repo_id": repo, "repo_type": "dataset"}
+    try:
+        HfApi().create_repo(**place, exist_ok=True)
+        HfApi().upload_folder(**place, folder_path=folder, delete_patterns="data/*")
+    except (HTTPError, RuntimeError) as error:  # RuntimeError: the client has given up retrying
+        raise OSError(f"The upload to {repo} failed: {error} Run again to complete it.") from error
 
 
 def _transfer(url: str, partial: Path) -> int:

@@ -1,6 +1,6 @@
 """The model repository of gRefCOCO. Importing it registers every family with the auto classes of transformers."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from .configuration_mdetr import MdetrConfig
 from .configuration_rela import RelaConfig
@@ -14,6 +14,7 @@ from .modeling_vlt import VltModel
 from .processing_mdetr import MdetrProcessor
 from .processing_rela import RelaProcessor
 from .processing_vlt import VltProcessor
+from .tokenization_vlt import VltTokenizer
 
 for config, model, image_processor, processor in (
     (RelaConfig, RelaModel, RelaImageProcessor, RelaProcessor),
@@ -24,3 +25,4 @@ for config, model, image_processor, processor in (
     AutoModel.register(config, model)
     AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor})
     AutoProcessor.register(config, processor)
+AutoTokenizer.register(VltConfig, VltTokenizer)

@@ -1,11 +1,17 @@
 """Boxes and their one-to-one matching, shared by MDETR and the instance branch of ReLA."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 NON_FINITE_COST = 1e6  # replaces a matching cost that is nan or infinite
+
+
+def upload(numbers: Sequence, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a few Python numbers; unlike `torch.tensor(..., device=device)` it does not wait for the device."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 class Matches(NamedTuple):

@@ -3,6 +3,8 @@ End-to-End Multi-Modal Understanding" (ICCV 2021), the GREC baseline of gRefCOCO
 
 from transformers import PreTrainedConfig, RobertaConfig
 
+from .configuration_limits import check_fields
+
 
 class MdetrConfig(PreTrainedConfig):
     """Configuration of `MdetrModel`. Sizes are channels unless noted; lists of four are for strides 4, 8, 16, 32.
@@ -88,6 +90,7 @@ class MdetrConfig(PreTrainedConfig):
     """Predict and supervise after every decoder layer."""
 
     def __post_init__(self, **kwargs: object) -> None:
+        check_fields(self)
         if self.text_config is None:
             self.text_config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
         elif isinstance(self.text_config, dict):

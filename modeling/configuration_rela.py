@@ -5,6 +5,8 @@ import math
 
 from transformers import BertConfig, PreTrainedConfig
 
+from .configuration_limits import check_fields
+
 
 class RelaConfig(PreTrainedConfig):
     """Configuration of `RelaModel`. Sizes are channels unless noted; lists of four are for strides 4, 8, 16, 32.
@@ -131,6 +133,7 @@ class RelaConfig(PreTrainedConfig):
     """Weight of the counting loss; 0 builds no counting head."""
 
     def __post_init__(self, **kwargs: object) -> None:
+        check_fields(self)
         if self.text_config is None:
             self.text_config = BertConfig()
         elif isinstance(self.text_config, dict):

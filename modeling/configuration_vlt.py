@@ -3,6 +3,8 @@ Generation for Referring Segmentation" (ICCV 2021)."""
 
 from transformers import PreTrainedConfig
 
+from .configuration_limits import check_fields
+
 
 class VltConfig(PreTrainedConfig):
     """Configuration of `VltModel`. Sizes are channels unless said otherwise.
@@ -51,6 +53,7 @@ class VltConfig(PreTrainedConfig):
     """Weight of the squares of all convolution kernels."""
 
     def __post_init__(self, **kwargs: object) -> None:
+        check_fields(self)
         if self.custom_pipelines is None:
             pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
             self.custom_pipelines = {"referring-segmentation": pipeline}

@@ -19,7 +19,7 @@ from .configuration_mdetr import MdetrConfig
 from .image_processing_mdetr import MdetrImageProcessor
 from .modeling_mdetr import MdetrModel
 from .processing_mdetr import MdetrProcessor
-from .weight_files import Rules, count_indices, error_line, read_file, rename, split_projections, write_folder
+from .weight_files import Rules, count_indices, read_file, rename, run_conversion, split_projections, write_folder
 
 # Not used in GREC: RoBERTa's pooler and position ids, batch norm's counter, and the question-answering heads.
 DROPPED = re.compile(
@@ -235,14 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--num-attention-heads", type=int, default=8, help="heads of encoder and decoder")
     parser.add_argument("--text-num-attention-heads", type=int, default=12, help="heads of RoBERTa")
-    options = parser.parse_args(arguments)
-    try:
-        model = convert(**vars(options))
-    except (ValueError, OSError) as error:
-        print(f"convert_mdetr: {error_line(error, options.checkpoint)}", file=sys.stderr)
-        return 2
-    print(f"{options.folder}: {model.num_parameters() / 1e6:.1f} M parameters")
-    return 0
+    return run_conversion(parser, convert, arguments)
 
 
 if __name__ == "__main__":

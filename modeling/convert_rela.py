@@ -21,7 +21,7 @@ from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor
 from .modeling_rela import RelaModel
 from .processing_rela import RelaProcessor
-from .weight_files import Rules, count_indices, error_line, read_weights, rename, split_projections, write_folder
+from .weight_files import Rules, count_indices, read_weights, rename, run_conversion, split_projections, write_folder
 
 REGION_GATE = "region_decoder.layers.0.language.region_gate"
 REGION_GATES = ("published", "stored")
@@ -299,14 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=480, help="side of the square the images are squashed to")
     parser.add_argument("--num-attention-heads", type=int, default=8, help="heads of the pixel and region decoders")
     parser.add_argument("--text-num-attention-heads", type=int, default=12, help="heads of BERT")
-    options = parser.parse_args(arguments)
-    try:
-        model = convert(**vars(options))
-    except (ValueError, OSError) as error:
-        print(f"convert_rela: {error_line(error, options.checkpoint)}", file=sys.stderr)
-        return 2
-    print(f"{options.folder}: {model.config.backbone}, {model.num_parameters() / 1e6:.1f} M parameters")
-    return 0
+    return run_conversion(parser, convert, arguments)
 
 
 if __name__ == "__main__":

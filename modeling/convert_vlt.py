@@ -25,7 +25,7 @@ from .configuration_vlt import VltConfig
 from .modeling_vlt import BatchNorm, VltModel
 from .processing_vlt import new_processor
 from .tokenization_vlt import VltTokenizer
-from .weight_files import count_indices, error_line, write_folder
+from .weight_files import count_indices, run_conversion, write_folder
 
 MATRIX = {"kernel": "weight", "bias": "bias"}
 NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -229,20 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="the original's .h5")
     parser.add_argument("folder", type=Path, help="where to write the converted model")
     parser.add_argument(
-        "--word-vectors", type=Path, help="GloVe text or safetensors; without it the model is saved, but reads no text"
+        "--word-vectors", type=Path, help="GloVe text or safetensors; without it the saved processor cannot read text"
     )
     parser.add_argument("--num-attention-heads", type=int, default=8, help="heads of every attention")
     parser.add_argument("--max-words", type=int, default=15, help="words of a sentence; 20 for RefCOCOg's model")
-    options = parser.parse_args(arguments)
-    try:
-        model = convert(**vars(options))
-    except (ValueError, OSError) as error:
-        print(f"convert_vlt: {error_line(error, options.checkpoint)}", file=sys.stderr)
-        return 2
-    print(f"{options.folder}: {model.num_parameters() / 1e6:.1f} M parameters")
-    if options.word_vectors is None:
-        print("no word vectors: convert again with --word-vectors before the processor can read text")
-    return 0
+    return run_conversion(parser, convert, arguments)
 
 
 if __name__ == "__main__":

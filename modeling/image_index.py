@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 
 def per_sentence(x: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
@@ -33,6 +34,15 @@ def pair_sentences(sentences: int, images: int, image_index: Sequence[int] | Non
             f"0..{images - 1} per sentence"
         )
     return image_index
+
+
+def refuse_data_parallel(model: nn.Module) -> None:
+    """Raises ValueError in a replica that `nn.DataParallel` made: it has no parameters and cuts batches blindly."""
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            f"{type(model).__name__} does not run in nn.DataParallel, which Trainer uses where a process sees several "
+            "GPUs: start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def check_image_index(sentences: int, images: int, image_index: torch.Tensor | None) -> None:

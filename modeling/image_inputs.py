@@ -1,18 +1,24 @@
 """Images of any kind to upright RGB, and RGB to normalised pixel values: shared by all image processors here."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import ImageInput, PILImageResampling
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput, PILImageResampling, load_image
+
+Images = ImageInput | str | Path | Sequence[ImageInput | str | Path]
+MOST_SIDE = 8192  # pixels; a damaged setting must not allocate
 
 
 class ReferringImageProcessor(PilBackend):
     """Base of the image processors: reads images of any mode, type and channel order.
 
-    PIL images are rotated by their EXIF orientation. Subclasses resize and normalise in `_preprocess`.
+    An image is a path, a URL, a PIL image, an array or a tensor. PIL images are rotated by their EXIF orientation.
+    Subclasses resize and normalise in `_preprocess`.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -23,13 +29,32 @@ class ReferringImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        sides = [side for side in dict(self.size).values() if side is not None]
+        if not all(isinstance(side, int) and 0 < side <= MOST_SIDE for side in sides):
+            raise ValueError(f"size={dict(self.size)} given to {type(self).__name__}: choose sides up to {MOST_SIDE}")
+
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
         """A flat list of images; grey arrays get the channel axis that transformers expects."""
         is_list = isinstance(images, list | tuple)
         if is_list and not images:
             raise ValueError(f"an empty list of images given to {type(self).__name__}: pass at least one")
-        images = [_with_channels(image) for image in images] if is_list else _with_channels(images)
+        if is_list:
+            flat = [image for item in images for image in (item if isinstance(item, list | tuple) else [item])]
+            images = [_with_channels(read_image(image)) for image in flat]
+        else:
+            images = _with_channels(read_image(images))
         return super()._prepare_images_structure(images, expected_ndims)
+
+    def _preprocess_image_like_inputs(self, images: ImageInput, *args: object, **kwargs: object) -> BatchFeature:
+        """As the parent. `do_rescale=False` says that floats are 0..1 already; `process_image` makes them 0..255."""
+        if not kwargs["do_rescale"]:
+            are_floats = [_is_float(image) for image in (images if isinstance(images, list | tuple) else [images])]
+            if any(are_floats) and not all(are_floats):
+                raise ValueError("do_rescale=False for images of floats and of integers: pass images of one kind")
+            kwargs["do_rescale"] = any(are_floats)
+        return super()._preprocess_image_like_inputs(images, *args, **kwargs)
 
     def process_image(self, image: ImageInput, **kwargs: object) -> Image.Image:
         """Convert one image of any kind to an upright RGB image.
@@ -94,6 +119,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_image(image: ImageInput | str | Path) -> ImageInput:
+    """The image of a path or a URL, or the image itself.
+
+    Raises:
+        ValueError: for None, another object, and a path or URL without a picture.
+    """
+    if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+        return image
+    if not isinstance(image, str | Path):
+        raise ValueError(
+            f"an image is of the type {type(image).__name__}: pass a path, a URL, a PIL image or an array"
+        )
+    try:
+        is_remote = str(image).startswith(("http://", "https://", "data:image/"))
+        return load_image(str(image)) if is_remote else Image.open(image)
+    except Exception as error:  # of the network or of Pillow
+        raise ValueError(f"{str(image)[:200]} cannot be read as a picture: {error}") from error
+
+
 def scale_and_shift(
     rescale_factor: float, mean: Sequence[float], std: Sequence[float], do_normalize: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -111,3 +155,8 @@ def write_pixels(image: Image.Image, scale: np.ndarray, shift: np.ndarray, canva
 
 def _with_channels(image: ImageInput) -> ImageInput:
     return image[..., None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
+
+
+def _is_float(image: ImageInput) -> bool:
+    is_tensor = isinstance(image, torch.Tensor)
+    return image.is_floating_point() if is_tensor else isinstance(image, np.ndarray) and image.dtype.kind == "f"

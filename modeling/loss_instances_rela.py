@@ -76,6 +76,7 @@ def instance_loss(
     return total, terms
 
 
+@torch.compiler.disable  # NumPy, which a compiler would cut into several graphs
 @torch.no_grad()
 def match(
     objects: Objects, choice: Choice | None, labels: Labels, image_index: torch.Tensor | None, config: RelaConfig
@@ -95,7 +96,8 @@ def match(
         relevance, chosen = choice.relevance[-1].sigmoid(), labels["targets"].to(costs.dtype)
         error = (relevance[:, :, None] - chosen[:, None]).abs()  # (B, queries, N)
         image = torch.arange(len(error), device=error.device) if image_index is None else image_index
-        sentences = torch.bincount(image, minlength=len(costs)).clamp(min=1)[:, None, None]
+        sentences = costs.new_zeros(len(costs)).index_add(0, image, costs.new_ones(len(image)))
+        sentences = sentences.clamp(min=1)[:, None, None]
         costs = costs + config.relevance_loss_weight * torch.zeros_like(costs).index_add(0, image, error) / sentences
     return match_costs(costs, labels["num_objects"])
 

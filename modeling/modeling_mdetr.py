@@ -9,7 +9,6 @@ Source: "MDETR: Modulated Detection for End-to-End Multi-Modal Understanding" (I
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,13 +17,11 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_mdetr import MdetrConfig
-from .image_index import check_image_index, per_sentence
+from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .loss_mdetr import LayerOutput, grounding_loss
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 from .resnet import FrozenBatchNorm, ResNet
 from .transformer_mdetr import DecoderLayer, EncoderLayer, sine_positions
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
 
 @dataclass
@@ -137,6 +134,7 @@ class MdetrModel(MdetrPreTrainedModel):
             ValueError: for sentences and images that are not one to one without an `image_index`; for labels with
                 another number of positions.
         """
+        refuse_data_parallel(self)
         check_image_index(len(input_ids), len(pixel_values), image_index)
         image = self._encode_image(pixel_values, pixel_mask)
         pixels, mask, position = (per_sentence(x, image_index) for x in image)

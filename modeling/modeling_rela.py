@@ -9,7 +9,6 @@ Source: "GRES: Generalized Referring Expression Segmentation" (CVPR 2023).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,18 +18,16 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_rela import RelaConfig
 from .fusion_rela import LanguageGate, full_precision
-from .image_index import check_image_index, per_sentence
+from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .instances_rela import Choice, InstanceChooser, ObjectFinder, Objects
 from .loss_instances_rela import instance_loss
 from .loss_rela import category_loss, referring_loss
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 from .pixel_decoder_rela import DeformableAttention, PixelDecoder
 from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage, RegionOutput
 from .resnet import FrozenBatchNorm
 from .swin_rela import WindowAttention, relative_position_index
 from .vision_rela import CategoryHead, VisionEncoder
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
 
 MAX_LOGIT = 12.0  # two logits are clamped to +-MAX_LOGIT before they are added
 MIN_RELEVANCE = -80.0  # logit whose exp is still a normal number in fp32
@@ -61,7 +58,8 @@ class RelaOutput(ModelOutput):
         pixel_hidden_states: pixel decoder memory at strides 32, 16, 8, likewise.
         mask_features: (B, mask channels, height / 4, width / 4), likewise.
 
-    The last four only with `output_hidden_states=True`.
+    The last four only with `output_hidden_states=True`. A model with an instance branch gives no answers (`pred_masks`
+    to `count_logits`) in training mode with labels, where nothing reads them.
     """
 
     loss: torch.Tensor | None = None
@@ -178,6 +176,7 @@ class RelaModel(RelaPreTrainedModel):
             ValueError: without both sentences and categories; for sentences and images that are not one to one without
                 an `image_index`; with categories in the labels and no category head.
         """
+        refuse_data_parallel(self)
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
         check_image_index(len(input_ids), len(pixel_values), image_index)
@@ -200,6 +199,7 @@ class RelaModel(RelaPreTrainedModel):
                 words = text.to(_dtype(self.instance_chooser))
                 choice = self.instance_chooser(objects, regions[-1], mask_features, words, attention_mask, image_index)
         loss, terms = None, None
+        learns_objects = self.training and objects is not None and labels is not None
         if labels is not None:
             loss, terms = referring_loss(regions, labels["masks"], labels["no_target"], self.config)
             if "categories" in labels:
@@ -212,7 +212,7 @@ class RelaModel(RelaPreTrainedModel):
         return RelaOutput(
             loss=loss,
             loss_terms=terms,
-            **self._answers(regions[-1], objects, choice, image_index),
+            **({} if learns_objects else self._answers(regions[-1], objects, choice, image_index)),
             minimap_logits=regions[-1].minimap,
             category_logits=category_logits,
             text_hidden_state=text if output_hidden_states else None,

@@ -10,7 +10,6 @@ Source: "Vision-Language Transformer and Query Generation for Referring Segmenta
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,11 +19,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention import Attention
 from .configuration_vlt import VltConfig
-from .image_index import per_sentence
+from .image_index import per_sentence, refuse_data_parallel
 from .loss_vlt import kernel_squares, mask_loss
-
-if TYPE_CHECKING:
-    from .pipeline_referring import ReferringPipeline  # noqa: F401 (the import makes save_pretrained copy its file)
+from .pipeline_referring import ReferringPipeline  # noqa: F401 (registers the task and is saved with the model)
 
 DARKNET_BLOCKS = (1, 2, 8, 8, 4)  # of the stages at strides 2 to 32
 PIXEL_SIZE = 256  # channels before the last projection of the pixels, whatever the configuration says
@@ -111,6 +108,7 @@ class VltModel(VltPreTrainedModel):
             ValueError: for images of another size, or sentences and images that are not one to one without
                 `image_index`.
         """
+        refuse_data_parallel(self)
         self._check_inputs(pixel_values, word_vectors, image_index)
         dtype = self.mask_head.weight.dtype
         features = (per_sentence(x, image_index) for x in self.backbone(pixel_values.to(dtype)))

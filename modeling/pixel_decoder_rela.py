@@ -10,6 +10,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .boxes import upload
 from .configuration_rela import RelaConfig
 from .fusion_rela import one_by_one
 
@@ -80,7 +81,7 @@ class DeformableLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
         x = self.attention_norm(x + self.attention(x + positions, x, shapes))
-        return self.ffn_norm(x + self.fc2(self.fc1(x).relu_()))
+        return self.ffn_norm(x + self.fc2(self.fc1(x).relu()))
 
 
 class DeformableAttention(nn.Module):
@@ -96,7 +97,7 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, pixels: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
         """(batch, pixels, channels) x 2 -> the same; `shapes` are (height, width) of the levels in pixel order."""
-        sides = torch.tensor([(width, height) for height, width in shapes], device=query.device, dtype=query.dtype)
+        sides = upload([(width, height) for height, width in shapes], query.device, query.dtype)
         offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
         # Reference points are pixel centres; on a level of width w, coordinate u of 0..1 lies at pixel u * w - 0.5.
         points = pixel_centres(shapes, query)[:, None, None, None] * sides[:, None] - 0.5 + offsets
@@ -143,7 +144,7 @@ def gather_points(
     stride = [width + 2 for _, width in shapes]
     start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
     whole = {"device": values.device, "dtype": torch.int32}
-    per_level = torch.tensor([stride, start, *zip(*shapes, strict=True)], **whole)[..., None]
+    per_level = upload([stride, start, *zip(*shapes, strict=True)], values.device, torch.int32)[..., None]
     stride, start, height, width = per_level.expand(-1, -1, points.shape[-2]).flatten(1)  # (levels * points,) each
     x, y = (coordinate.flatten(3) for coordinate in points.unbind(-1))
     x, y = (u.clamp(min=torch.full_like(side, -1), max=side) for u, side in ((x, width), (y, height)))

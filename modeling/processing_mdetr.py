@@ -18,6 +18,7 @@ from .referring_processor import (
     check_sizes,
     group_by_image,
     measuring_labels,
+    repeat_images,
 )
 from .root_noun_mdetr import Span, root_nouns
 
@@ -45,9 +46,10 @@ class MdetrProcessor(ReferringProcessor):
         super().__init__(image_processor, tokenizer, no_target_threshold)
         self.num_positions = num_positions
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        length = min(self.num_positions, max_length or self.num_positions)
         encoding = self.tokenizer(
-            sentences, padding="longest", truncation=True, max_length=self.num_positions, return_tensors="np"
+            sentences, padding="longest", truncation=True, max_length=length, return_tensors="np"
         )
         return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
@@ -57,6 +59,7 @@ class MdetrProcessor(ReferringProcessor):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> "MdetrCollator":
         """See `ReferringProcessor`; MDETR learns no categories, and `category_ids` are not used.
 
@@ -68,7 +71,7 @@ class MdetrProcessor(ReferringProcessor):
                 f"num_positions={self.num_positions} of the processor differs from num_positions="
                 f"{config.num_positions} of the model: make the processor with the model's"
             )
-        return MdetrCollator(self, text_column, training)
+        return MdetrCollator(self, text_column, training, share_images)
 
     def columns(self, training: bool, config: MdetrConfig | None = None) -> list[str]:
         """See `ReferringProcessor`. In training, objects tell which targets are crowds."""
@@ -141,7 +144,7 @@ class MdetrProcessor(ReferringProcessor):
 
 
 class MdetrCollator:
-    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; an image is processed once for all rows about it.
 
     A sentence without target has no box: every query then learns "no object". Crowds, which the published training
     excludes from the targets, are known where rows hold `objects`.
@@ -150,12 +153,20 @@ class MdetrCollator:
         processor: makes the model inputs.
         text_column: "sentence", as published, or "raw".
         training: whether to add the labels of the loss.
+        share_images: see `ReferringProcessor.collator`.
     """
 
-    def __init__(self, processor: MdetrProcessor, text_column: str = "sentence", training: bool = True) -> None:
+    def __init__(
+        self,
+        processor: MdetrProcessor,
+        text_column: str = "sentence",
+        training: bool = True,
+        share_images: bool = True,
+    ) -> None:
         self.processor = processor
         self.text_column = text_column
         self.training = training
+        self.share_images = share_images
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         """Batch of `MdetrModel.forward` inputs with `labels`: those of `measuring_labels` and of `loss_mdetr`."""
@@ -166,7 +177,8 @@ class MdetrCollator:
             image_index=image_index,
         )
         loss_labels = self._loss_labels(rows) if self.training else {}
-        return {**batch, "labels": {**measuring_labels(rows), **loss_labels}}
+        batch = {**batch, "labels": {**measuring_labels(rows), **loss_labels}}
+        return batch if self.share_images else repeat_images(batch)
 
     def _loss_labels(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Labels of `grounding_loss`. The sentence is finally about all of its boxes: it has no others."""

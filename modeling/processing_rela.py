@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .boxes import cxcywh_to_xyxy
+from .boxes import cxcywh_to_xyxy, upload
 from .configuration_rela import RelaConfig
 from .image_processing_rela import RelaImageProcessor, image_sizes
 from .masks import decode_mask, encode_mask
@@ -19,6 +19,7 @@ from .referring_processor import (
     check_sizes,
     group_by_image,
     measuring_labels,
+    repeat_images,
 )
 
 
@@ -48,11 +49,12 @@ class RelaProcessor(ReferringProcessor):
         self.max_length = max_length
         self.keep_end_token = keep_end_token
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
-        ids = np.zeros((len(sentences), self.max_length), dtype=np.int64)
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        length = min(self.max_length, max_length or self.max_length)
+        ids = np.zeros((len(sentences), length), dtype=np.int64)
         mask = np.zeros_like(ids)
-        for i, tokens in enumerate(self.tokenizer(sentences, verbose=False)["input_ids"] if sentences else []):
-            cut = tokens[: self.max_length]
+        for i, tokens in enumerate(self.tokenizer(sentences, verbose=False)["input_ids"]):
+            cut = tokens[:length]
             if self.keep_end_token:
                 cut[-1] = tokens[-1]
             ids[i, : len(cut)], mask[i, : len(cut)] = cut, 1
@@ -64,10 +66,11 @@ class RelaProcessor(ReferringProcessor):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> "RelaCollator":
         """See `ReferringProcessor`. Objects are labelled where the model has an instance branch."""
         instances = None if config is None else bool(config.num_instance_queries)
-        return RelaCollator(self, category_ids, text_column, instances=training and instances)
+        return RelaCollator(self, category_ids, text_column, training and instances, share_images)
 
     def columns(self, training: bool, config: RelaConfig | None = None) -> list[str]:
         """See `ReferringProcessor`. In training, objects are read for the instance branch and the category head."""
@@ -132,14 +135,18 @@ class RelaProcessor(ReferringProcessor):
         if "pred_boxes" not in outputs:
             raise ValueError("the model has no instance branch, so no boxes: build it with num_instance_queries > 0")
         canvas, sizes = _sizes(outputs, target_sizes)
-        results = []
-        for b, (size, verdict) in enumerate(zip(sizes, self._verdicts(outputs, no_target_threshold), strict=True)):
-            scores, order = outputs["pred_scores"][b].float().sort(descending=True)
-            order = order[(scores.double() >= threshold) & (not verdict["no_target"])]
-            boxes = self._pixel_boxes(outputs["pred_boxes"][b, order].float(), size, canvas)
-            result = {"boxes": boxes, "scores": scores[: len(order)], **verdict}
+        # All sentences together: the numbers come from the device once for a batch, not several times for a sentence.
+        scores, order = outputs["pred_scores"].float().sort(dim=1, descending=True)
+        boxes = outputs["pred_boxes"].float().take_along_dim(order[..., None], dim=1)
+        boxes = self._pixel_boxes(boxes, sizes, canvas)
+        counts = (scores.double() >= threshold).sum(1).tolist()
+        verdicts, results = self._verdicts(outputs, no_target_threshold), []
+        for b, (size, count, verdict) in enumerate(zip(sizes, counts, verdicts, strict=True)):
+            count = 0 if verdict["no_target"] else count
+            result = {"boxes": boxes[b, :count], "scores": scores[b, :count], **verdict}
             if return_masks:
-                masks = [self._enlarge(x.float(), size, canvas) > 0 for x in outputs["instance_masks"][b, order]]
+                chosen = outputs["instance_masks"][b].index_select(0, order[b, :count])
+                masks = [self._enlarge(x.float(), size, canvas) > 0 for x in chosen]
                 result["masks"] = [encode_mask(mask.cpu().numpy()) for mask in masks]
             results.append(result)
         return results
@@ -150,12 +157,16 @@ class RelaProcessor(ReferringProcessor):
         scores = self.no_target_scores(outputs).tolist()
         return [{"no_target": score > limit, "no_target_score": score} for score in scores]
 
-    def _pixel_boxes(self, boxes: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
-        """cxcywh relative to the processed image -> x0, y0, x1, y1 in pixels of the original, inside it."""
-        inner, outer = (canvas, canvas) if size == canvas else image_sizes(size, self.image_processor.size)
-        height, width = (side * out / part for side, out, part in zip(size, outer, inner, strict=True))
-        boxes = cxcywh_to_xyxy(boxes * boxes.new_tensor([width, height] * 2))
-        return torch.minimum(boxes.clamp(min=0), boxes.new_tensor(size[::-1] * 2))
+    def _pixel_boxes(self, boxes: torch.Tensor, sizes: list[tuple[int, int]], canvas: tuple[int, int]) -> torch.Tensor:
+        """(B, n, 4) cxcywh relative to the processed images -> x0, y0, x1, y1 in pixels of the originals, inside."""
+        scales, limits = [], []
+        for size in sizes:
+            inner, outer = (canvas, canvas) if size == canvas else image_sizes(size, self.image_processor.size)
+            height, width = (side * out / part for side, out, part in zip(size, outer, inner, strict=True))
+            scales.append([width, height] * 2)
+            limits.append(size[::-1] * 2)
+        scales, limits = (upload(numbers, boxes.device, boxes.dtype)[:, None] for numbers in (scales, limits))
+        return torch.minimum(cxcywh_to_xyxy(boxes * scales).clamp(min=0), limits)
 
     def _enlarge(self, logits: torch.Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> torch.Tensor:
         """Stride-4 logits (h, w) at `size`, without the padding of a letterboxed image."""
@@ -167,7 +178,7 @@ class RelaProcessor(ReferringProcessor):
 
 
 class RelaCollator:
-    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; an image is processed once for all rows about it.
 
     Args:
         processor: makes the model inputs.
@@ -176,6 +187,7 @@ class RelaCollator:
         instances: whether to label the objects of the images for the instance branch; None where rows hold objects.
             The objects are those of the column "objects"; where rows have none, the targets of all sentences of the
             batch about the image.
+        share_images: see `ReferringProcessor.collator`.
     """
 
     def __init__(
@@ -184,9 +196,11 @@ class RelaCollator:
         category_ids: Sequence[int] = (),
         text_column: str = "sentence",
         instances: bool | None = False,
+        share_images: bool = True,
     ) -> None:
         self.processor = processor
         self.instances = instances
+        self.share_images = share_images
         self.category_index = {category: i + 1 for i, category in enumerate(category_ids)}
         self.text_column = text_column
 
@@ -222,7 +236,8 @@ class RelaCollator:
                 labels["categories"] = torch.from_numpy(np.stack(categories))
             if instances:
                 labels |= self._instances(rows, images, objects, masks, shape)
-        return {**batch, "labels": labels}
+        batch = {**batch, "labels": labels}
+        return batch if self.share_images else repeat_images(batch)
 
     def _mask(self, row: dict, shape: tuple[int, int]) -> np.ndarray:
         if row["no_target"]:

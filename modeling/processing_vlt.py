@@ -18,6 +18,7 @@ from .referring_processor import (
     check_sizes,
     group_by_image,
     measuring_labels,
+    repeat_images,
 )
 from .tokenization_vlt import VltTokenizer
 
@@ -47,8 +48,10 @@ class VltProcessor(ReferringProcessor):
         super().__init__(image_processor, tokenizer, no_target_threshold)
         self.max_words = max_words
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
-        return {"word_vectors": self.tokenizer.word_vectors(sentences, self.max_words)}
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        vectors = self.tokenizer.word_vectors(sentences, self.max_words)  # the model's layers fix their number
+        vectors[:, self.max_words if max_length is None else max_length :] = 0
+        return {"word_vectors": vectors}
 
     def collator(
         self,
@@ -56,9 +59,10 @@ class VltProcessor(ReferringProcessor):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> "VltCollator":
         """See `ReferringProcessor`; batches are the same in training, and `category_ids` are not used."""
-        return VltCollator(self, text_column)
+        return VltCollator(self, text_column, share_images)
 
     def columns(self, training: bool, config: VltConfig | None = None) -> list[str]:
         """See `ReferringProcessor`."""
@@ -101,16 +105,18 @@ class VltProcessor(ReferringProcessor):
 
 
 class VltCollator:
-    """Expression rows of `grefcoco.load` to a batch; rows about the same image share its pixels.
+    """Expression rows of `grefcoco.load` to a batch; an image is processed once for all rows about it.
 
     Args:
         processor: makes the model inputs.
         text_column: "sentence", as published, or "raw".
+        share_images: see `ReferringProcessor.collator`.
     """
 
-    def __init__(self, processor: VltProcessor, text_column: str = "sentence") -> None:
+    def __init__(self, processor: VltProcessor, text_column: str = "sentence", share_images: bool = True) -> None:
         self.processor = processor
         self.text_column = text_column
+        self.share_images = share_images
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         """Batch of `VltModel.forward` inputs with `labels`: those of `measuring_labels` and "masks" (B, h, w) 0..1.
@@ -124,7 +130,8 @@ class VltCollator:
             image_index=image_index,
         )
         masks = [self.processor.image_processor.resize_mask(decode_mask(row["mask"])) for row in rows]
-        return {**batch, "labels": {"masks": torch.from_numpy(np.stack(masks)), **measuring_labels(rows)}}
+        batch = {**batch, "labels": {"masks": torch.from_numpy(np.stack(masks)), **measuring_labels(rows)}}
+        return batch if self.share_images else repeat_images(batch)
 
 
 def new_processor(config: VltConfig, tokenizer: VltTokenizer) -> VltProcessor:

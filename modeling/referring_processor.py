@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import ImageInput
 
 from .boxes import xywh_to_xyxy
 from .image_index import pair_sentences
-from .image_inputs import ReferringImageProcessor
+from .image_inputs import Images, ReferringImageProcessor
 from .trainer_metrics import TrainerMetrics
 
 BASE_COLUMNS = ["image", "image_id", "width", "height", "sent_id", "sentence", "raw", "no_target", "ann_ids"]
+# tensors of a batch and of its labels with one entry an image; all others have one a sentence
+IMAGE_TENSORS = {"pixel_values", "pixel_mask", "categories", "object_boxes", "object_masks", "num_objects"}
+NEEDED_COLUMNS = ("image", "image_id", "width", "height", "sentence", "no_target", "ann_ids")
 BOX_PADDING = -100.0  # also the value with which Trainer pads labels
 
 Outputs = Mapping[str, torch.Tensor]  # of a model, or a dictionary of its tensors
@@ -57,10 +59,13 @@ class ReferringProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | None = None,
-        text: str | list[str] | list[list[str]] | None = None,
+        images: Images | None = None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         image_index: Sequence[int] | None = None,
         return_tensors: str = "pt",
+        padding: bool | str = True,
+        truncation: bool | str = True,
+        max_length: int | None = None,
         **kwargs: object,
     ) -> BatchFeature:
         """Model inputs; each image is processed once.
@@ -71,30 +76,39 @@ class ReferringProcessor(ProcessorMixin):
             image_index: for a flat list of sentences, the position of each one's image; None pairs them in order, or
                 all with the only image.
             return_tensors: "pt" or "np".
+            padding: sentences are always padded to one length, as their family needs it.
+            truncation: sentences are always cut where they are too long for the model.
+            max_length: cut at fewer tokens (VLT: words) than the processor's own limit.
+            **kwargs: settings of the image processor.
 
         Returns:
             the image processor's tensors; input_ids and attention_mask (sentences, tokens); image_index (sentences,),
             where sentences and images are not one to one.
 
         Raises:
-            ValueError: when sentences and images cannot be paired.
+            ValueError: for an image or a sentence that cannot be read, no sentences, or neither images nor text; when
+                sentences and images cannot be paired; for `padding` or `truncation` switched off.
         """
+        if images is None and text is None:
+            raise ValueError("neither images nor text: pass at least one of them")
+        if padding in (False, "do_not_pad") or truncation in (False, "do_not_truncate"):
+            raise ValueError("padding and truncation cannot be switched off: sentences become one tensor")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length}: choose 1 or more")
         inputs = BatchFeature()
         if images is not None:
             inputs.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
         if text is not None:
-            sentences = [text] if isinstance(text, str) else list(text)
-            if sentences and not isinstance(sentences[0], str):
-                image_index = [i for i, group in enumerate(sentences) for _ in group]
-                sentences = [sentence for group in sentences for sentence in group]
-            inputs.update(self._tokenize(sentences))
+            sentences, groups = flat_sentences(text)
+            image_index = image_index if groups is None else groups
+            inputs.update(self._tokenize(sentences, max_length))
             if images is not None:
                 image_index = pair_sentences(len(sentences), len(inputs["pixel_values"]), image_index)
                 inputs.update({} if image_index is None else {"image_index": np.asarray(image_index, dtype=np.int64)})
         return inputs.convert_to_tensors(return_tensors)
 
-    def _tokenize(self, sentences: list[str]) -> dict[str, np.ndarray]:
-        """input_ids and attention_mask (sentences, tokens)."""
+    def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
+        """input_ids and attention_mask (sentences, tokens); `max_length` only ever lowers the processor's own."""
         raise NotImplementedError
 
     def collator(
@@ -103,14 +117,20 @@ class ReferringProcessor(ProcessorMixin):
         text_column: str = "sentence",
         category_ids: Sequence[int] = (),
         training: bool = False,
+        share_images: bool = False,
     ) -> Collator:
         """A function from expression rows of `grefcoco.load` to a batch with labels; an image is processed once.
+
+        By default every tensor of a batch has one entry a sentence, so that Accelerate can cut and join batches, and
+        so that the loss does not depend on how sentences are divided among processes.
 
         Args:
             config: of the model, to label only what it learns; None labels all that the rows allow.
             text_column: "sentence", or "raw" for the sentence before it was cleaned.
             category_ids: the data set's category ids for families that learn categories per pixel, index 1 first.
             training: whether to add the labels of the losses to those of measuring (see `measuring_labels`).
+            share_images: sentences of one batch about one image share its pixels and its objects' labels, found by
+                `image_index`. Faster; only for loops that never cut a batch.
         """
         raise NotImplementedError
 
@@ -185,6 +205,27 @@ class ReferringProcessor(ProcessorMixin):
         return TrainerMetrics(self, gres, grec)
 
 
+def flat_sentences(text: str | Sequence[str] | Sequence[Sequence[str]]) -> tuple[list[str], list[int] | None]:
+    """All sentences, and the position of each one's image where `text` is a list for each image.
+
+    Raises:
+        ValueError: for no sentences, and for anything that is no text or cannot be written as UTF-8.
+    """
+    sentences = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else [text]
+    groups = None
+    if sentences and all(isinstance(group, list | tuple) for group in sentences):
+        groups = [i for i, group in enumerate(sentences) for _ in group]
+        sentences = [sentence for group in sentences for sentence in group]
+    if not sentences:
+        raise ValueError("no sentences in text: pass at least one")
+    for i, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise ValueError(f"sentence {i} is {sentence!r}, not a text: pass strings")
+        if any("\ud800" <= character <= "\udfff" for character in sentence):
+            raise ValueError(f"sentence {i}, {sentence!r}, holds half of a character (a surrogate): remove it")
+    return sentences, groups
+
+
 def measuring_labels(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """The labels of B rows that every collator gives, for `TrainerMetrics`.
 
@@ -208,12 +249,31 @@ def measuring_labels(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     return labels
 
 
+def repeat_images(batch: Batch) -> Batch:
+    """A batch with one entry a sentence instead of an image in every tensor, without "image_index"."""
+    image_index = batch.pop("image_index", None)
+    if image_index is None:
+        return batch
+    for tensors in (batch, batch["labels"]):
+        for name in IMAGE_TENSORS & tensors.keys():
+            tensors[name] = tensors[name].index_select(0, image_index)
+    return batch
+
+
 def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
     """The first row of each picture, and for each row the position of its picture among them.
 
     Rows share a picture when they have one image id and the same picture object, or equal pixels: image ids of two
     data sets can be equal, and a user can change the picture of one row.
+
+    Raises:
+        ValueError: for no rows, and for a row without a column that every collator reads.
     """
+    if not rows:
+        raise ValueError("no rows given to the collator: pass expression rows of grefcoco.load")
+    for i, row in enumerate(rows):
+        if missing := [name for name in NEEDED_COLUMNS if name not in row]:
+            raise ValueError(f"row {i} has no column {missing[0]!r}: pass expression rows of grefcoco.load")
     first_rows, image_index = [], []
     of_image_id: dict[int, list[int]] = {}  # positions in `first_rows`
     for row in rows:
@@ -227,13 +287,22 @@ def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
     return first_rows, image_index
 
 
-def _is_same_picture(first: ImageInput, second: ImageInput) -> bool:
+def _is_same_picture(first: object, second: object) -> bool:
     return first is second or (isinstance(first, Image.Image) and first == second)
 
 
 def check_sizes(target_sizes: Iterable[tuple[int, int]] | torch.Tensor, sentences: int) -> list[tuple[int, int]]:
-    """The sizes as a list of (height, width); raises ValueError where there is not one for each sentence."""
+    """The sizes as a list of (height, width).
+
+    Raises:
+        ValueError: where there is not one for each sentence, or one is not two numbers of at least 1.
+    """
+    if isinstance(target_sizes, torch.Tensor):
+        target_sizes = target_sizes.tolist()  # one copy from the device
     sizes = [tuple(map(int, size)) for size in target_sizes]
     if len(sizes) != sentences:
         raise ValueError(f"{len(sizes)} target_sizes for {sentences} sentences: pass one (height, width) each")
+    for size in sizes:
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"target size {size}: pass (height, width) in pixels, at least 1 each")
     return sizes

@@ -67,13 +67,12 @@ class RegionDecoder(nn.Module):
             for x in levels
         ]
         query = self.query.weight.expand(text.shape[0], -1, -1)
-        outputs = []
+        queries = []
         for i, layer in enumerate(self.layers):
             mask = self.heads.attention_mask(query, small[i % 3])
             query = layer(query, self.query_position.weight, *memory[i % 3], mask, text, attention_mask)
-            if every_layer and i + 1 < len(self.layers):
-                outputs.append(self.heads(query, mask_features))
-        return [*outputs, self.heads(query, mask_features)]
+            queries.append(query)
+        return self.heads(torch.stack(queries if every_layer else queries[-1:], dim=1), mask_features)
 
     def _tokens(self, i: int, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a level: (batch, pixels, hidden) with and without positions."""
@@ -146,15 +145,17 @@ class Heads(nn.Module):
         self.minimap = nn.Linear(size, 2)
         self.no_target = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
 
-    def forward(self, query: torch.Tensor, mask_features: torch.Tensor) -> RegionOutput:
-        """(batch, regions, hidden), (batch, mask channels, height, width) -> `RegionOutput`."""
+    def forward(self, query: torch.Tensor, mask_features: torch.Tensor) -> list[RegionOutput]:
+        """(batch, layers, regions, hidden), (batch, mask channels, height, width) -> the output of each layer."""
         with torch.autocast(query.device.type, enabled=False):
             regions = self._regions(query)
             minimap = self.minimap(regions)
             # The minimap's weighted sum over regions before the mask product: one map per class, not one per region.
-            target = minimap.transpose(1, 2) @ self.mask_embed(regions)  # (batch, 2, mask channels)
-            masks = _mask_products(target, mask_features).unflatten(2, mask_features.shape[-2:])
-            return RegionOutput(masks, minimap, self.no_target(regions).mean(dim=1), regions)
+            target = minimap.transpose(2, 3) @ self.mask_embed(regions)  # (batch, layers, 2, mask channels)
+            masks = _mask_products(target.flatten(1, 2), mask_features)  # one product for all layers
+            masks = masks.unflatten(2, mask_features.shape[-2:]).unflatten(1, (-1, 2))
+            outputs = (masks, minimap, self.no_target(regions).mean(dim=2), regions)
+            return [RegionOutput(*layer) for layer in zip(*(x.unbind(1) for x in outputs))]
 
     @torch.no_grad()
     def attention_mask(self, query: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,7 @@ class WindowAttention(nn.Module):
         patches = x.flatten(1, 2)
         if len(windows.patches) > patches.shape[1]:
             patches = nn.functional.pad(patches, (0, 0, 0, 1))  # one zero patch is projected for all padding
-        qkv = self.qkv(patches).index_select(1, windows.patches)
+        qkv = GatherPatches.apply(self.qkv(patches), windows.patches, windows.slots)
         qkv = qkv.view(images, -1, self.window**2, 3, self.heads, channels // self.heads)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         if windows.mask is None:  # every window has the same bias: (1, heads, patches, patches)
@@ -154,8 +154,56 @@ class WindowAttention(nn.Module):
         out = attend(self, self.config, q, k, v, bias[None].to(q.dtype))
         if windows.mask is not None:
             out = out.unflatten(2, (-1, self.heads)).transpose(1, 2)
-        out = out.reshape(images, -1, channels).index_select(1, windows.slots)
+        out = GatherSlots.apply(out.reshape(images, -1, channels), windows.slots, windows.patches)
         return self.proj(out).view(images, height, width, channels)
+
+
+class GatherPatches(torch.autograd.Function):
+    """x[:, patches], (images, patches, channels) -> (images, slots, channels), with a backward pass that gathers too.
+
+    That of `index_select` adds into the gradient slot by slot, in no fixed order on a GPU. Here each patch has one
+    slot; only the last, which stands for all padding where there is any, sums several.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, patches: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, patches)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        x, patches, slots = inputs
+        ctx.save_for_backward(patches, slots)
+        ctx.padded = x.shape[1] > len(slots)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple:
+        patches, slots = ctx.saved_tensors
+        of_patches = gradient.index_select(1, slots)
+        if ctx.padded:
+            is_padding = (patches == len(slots)).to(gradient.dtype)
+            of_patches = torch.cat([of_patches, (is_padding @ gradient)[:, None]], dim=1)
+        return of_patches, None, None
+
+
+class GatherSlots(torch.autograd.Function):
+    """x[:, slots], (images, slots, channels) -> (images, patches, channels); see `GatherPatches`."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, slots: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, slots)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        _, slots, patches = inputs
+        ctx.save_for_backward(patches)
+        ctx.padded = len(patches) > len(slots)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple:
+        (patches,) = ctx.saved_tensors
+        if ctx.padded:  # a slot of padding has no gradient
+            gradient = nn.functional.pad(gradient, (0, 0, 0, 1))
+        return gradient.index_select(1, patches), None, None
 
 
 class Windows(NamedTuple):

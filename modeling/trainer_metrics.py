@@ -9,13 +9,9 @@ trainer = Trainer(
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import EvalPrediction
-
-if TYPE_CHECKING:
-    from .referring_processor import ReferringProcessor
+from transformers import EvalPrediction, ProcessorMixin
 
 MASK_COUNTS = 4  # columns of `reduce` for a mask
 BOX_COUNTS = 5  # columns of `reduce` for a box
@@ -26,14 +22,12 @@ class TrainerMetrics:
     """Scores for Trainer with `batch_eval_metrics=True`; it stores a few numbers per sentence, never masks.
 
     Args:
-        processor: of the model.
+        processor: of the model, a `ReferringProcessor`.
         gres: the GRES metric as `evaluate.load` gives it; used where the model gives masks.
         grec: the GREC metric; used where the model gives boxes. Its scores are named "grec/F1_score" and so on.
     """
 
-    def __init__(
-        self, processor: "ReferringProcessor", gres: object | None = None, grec: object | None = None
-    ) -> None:
+    def __init__(self, processor: ProcessorMixin, gres: object | None = None, grec: object | None = None) -> None:
         self.processor = processor
         self.metrics = {name: metric for name, metric in (("gres", gres), ("grec", grec)) if metric is not None}
         self.restart()
@@ -81,6 +75,7 @@ class TrainerMetrics:
 
     def add(self, counts: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
         """Add a batch: what `reduce` gave, gathered or not, and the collator's labels."""
+        counts = counts.cpu()  # one copy from the device
         masks = MASK_COUNTS if "gres" in self.metrics and "masks" in labels else 0
         if masks:
             self._add_masks(counts[:, :masks], labels)
@@ -117,9 +112,9 @@ class TrainerMetrics:
         )
 
     def _add_boxes(self, boxes: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
-        predictions = [row[row[:, 4] >= 0].cpu().numpy() for row in boxes]
+        predictions = [row[row[:, 4] >= 0].numpy() for row in boxes]
         # Padding is negative; a true box has its right edge in the image.
-        targets = [row[row[:, 2] >= 0].cpu().numpy() for row in labels["target_boxes"]]
+        targets = [row[row[:, 2] >= 0].numpy() for row in labels["target_boxes"].cpu()]
         ids = zip(labels["sent_id"].tolist(), labels["image_id"].tolist(), strict=True)
         self.accumulators["grec"].add_batch(
             predictions=[{"boxes": row[:, :4], "scores": row[:, 4]} for row in predictions],

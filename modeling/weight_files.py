@@ -1,10 +1,8 @@
 """Reads and renames the weights of foreign checkpoints, without executing code in them."""
 
 import argparse
-import collections
-import io
-import pickle
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
+
+from .pickled_arrays import read_pickle
 
 # Pattern of a whole module path -> our module path; the parameter's own name (weight, bias, ...) is kept.
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
@@ -37,7 +37,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     tensors = {
         name: torch.as_tensor(value)
         for name, value in (content.items() if isinstance(content, dict) else ())
-        if isinstance(value, torch.Tensor | np.ndarray | np.generic)
+        if isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray | np.generic)
     }
     if not tensors:
         raise ValueError(f"{path} holds no named tensors: give a checkpoint of weights")
@@ -116,41 +116,64 @@ def write_folder(
         whole.replace(folder)
 
 
-def error_line(error: Exception, path: Path) -> str:
-    """The first line of an error, with `path` in it."""
-    line = str(error).splitlines()[0]
-    return line if str(path) in line else f"{path}: {line}"
+def run_conversion(
+    parser: argparse.ArgumentParser, convert: Callable[..., PreTrainedModel], arguments: list[str] | None
+) -> int:
+    """Run a converter's command line; flags are accepted with dashes and with underscores.
+
+    Args:
+        parser: its options, `checkpoint` and `folder` among them, are the arguments of `convert`.
+        convert: writes the folder and returns the model.
+        arguments: of the command line; None for those of the process.
+
+    Returns:
+        the exit code: 0, or 2 after one line about what is wrong.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    flags = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words]
+    options = parser.parse_args(
+        [(name.replace("_", "-") if name.startswith("--") else name) + equals + value for name, equals, value in flags]
+    )
+    try:
+        model = convert(**vars(options))
+    except (ValueError, OSError) as error:
+        line = str(error).splitlines()[0]
+        line = line if str(options.checkpoint) in line else f"{options.checkpoint}: {line}"
+        print(f"{parser.prog.rpartition('.')[2]}: {line}", file=sys.stderr)
+        return 2
+    print(f"{options.folder}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    return 0
 
 
 def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
         return load_file(path)
-    if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
-        with path.open("rb") as stream:
-            return _TensorUnpickler(stream, encoding="latin1").load()
+    is_zip = zipfile.is_zipfile(path)
+    if path.suffix == ".pkl" and not is_zip:
+        return read_pickle(path)
+    if is_zip:
+        _check_zip(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    _check_tensors(content, path.stat().st_size)
+    return content
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Admits only numpy arrays, torch tensors and ordered dictionaries."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
-        if module in _NUMPY and name in _NUMPY[module]:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+def _check_zip(path: Path) -> None:
+    """Raises ValueError where parts are compressed or larger than the file; torch writes them as they are."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ValueError("its parts are compressed")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("its parts are larger than the file")
 
 
-_NUMPY = {
-    "numpy": ("ndarray", "dtype"),
-    "numpy.core.multiarray": ("_reconstruct", "scalar"),
-    "numpy._core.multiarray": ("_reconstruct", "scalar"),
-}
+def _check_tensors(content: object, most: int, depth: int = 3) -> None:
+    """Raises ValueError for a tensor, `depth` dictionaries deep, that is not numbers in `most` bytes of storage."""
+    for name, value in content.items() if isinstance(content, dict) and depth else ():
+        _check_tensors(value, most, depth - 1)
+        if isinstance(value, torch.Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not plain or value.is_nested or max(value.untyped_storage().nbytes(), value.nbytes) > most:
+                raise ValueError(f"{name} is not a plain tensor within the size of the file")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scoring.grammars import parse
+
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
@@ -45,6 +47,8 @@ class Answer:
 
     def rejects(self, no_target_threshold: float = 0.5, box_threshold: float = BOX_THRESHOLD) -> bool:
         """Whether the answer is "none": by its probability, and without a mask also when no box is kept."""
+        if self.unreadable:
+            return False
         if self.no_target is not None and self.no_target > no_target_threshold:
             return True
         return self.mask is None and not len(self.kept_boxes(box_threshold))
@@ -75,6 +79,19 @@ def answers_of(processor: ProcessorMixin, outputs: object, rows: Sequence[dict])
         for answer, result in zip(answers, boxes, strict=True):
             answer.boxes, answer.scores = result["boxes"].tolist(), result["scores"].tolist()
     return answers
+
+
+def read_text(grammar: str, text: str, row: dict) -> Answer:
+    """The answer of a language model, with its raw text; boxes score 1.
+
+    Args:
+        grammar: a key of `scoring.grammars.GRAMMARS`.
+        row: with `sent_id`, `width` and `height`.
+    """
+    boxes, outcome = parse(grammar, text, row["width"], row["height"])
+    boxes = [[round(x, 2) for x in box] for box in boxes]
+    scores = [1.0] * len(boxes)
+    return Answer(row["sent_id"], boxes=boxes, scores=scores, answer=text, unreadable=outcome == "unreadable")
 
 
 def read_answers(path: Path, sent_ids: Container[int]) -> Iterator[Answer]:

@@ -23,6 +23,7 @@ from scoring.answers import Answer
 METRICS = Path(__file__).resolve().parents[1] / "evaluate"
 GRES, GREC = (evaluate.load(str(METRICS / name)) for name in ("gres", "grec"))
 COLUMNS = ["sent_id", "image_id", "width", "height", "sentence", "no_target", "ann_ids", "boxes", "mask"]
+UNREADABLE_BOX = [1, 1, 0, 0]  # matches nothing, because its corners are exchanged
 BATCH = 1024  # answers of a file that are scored at once
 
 
@@ -54,6 +55,7 @@ class Measurement:
         self.gres = accumulators.get("gres", gres if gres is not None else GRES.accumulator())
         self.grec = accumulators.get("grec", grec if grec is not None else GREC.accumulator())
         self.every_object = GRES.accumulator()
+        self.unreadable: list[Answer] = []
 
     def add_outputs(
         self, outputs: object, labels: dict[str, torch.Tensor], image_index: torch.Tensor | None = None
@@ -69,11 +71,12 @@ class Measurement:
             self.every_object.add_masks(objects, truth, no_target_score=np.zeros(len(truth)), **columns)
 
     def add_answers(self, answers: Sequence[Answer]) -> None:
-        """A batch of answers to sentences of `rows`."""
-        truth = self.rows[[self.places[answer.sent_id] for answer in answers]]
-        rows = [dict(zip(truth, values)) for values in zip(*truth.values())]
-        masked = [(answer, row) for answer, row in zip(answers, rows) if answer.mask is not None]
-        boxed = [(answer, row) for answer, row in zip(answers, rows) if answer.boxes is not None]
+        """A batch of answers to sentences of `rows`; those that are unreadable wait for `add_unreadable`."""
+        rows = self._truth(answers)
+        self.unreadable += [answer for answer in answers if answer.unreadable]
+        pairs = [(answer, row) for answer, row in zip(answers, rows) if not answer.unreadable]
+        masked = [(answer, row) for answer, row in pairs if answer.mask is not None]
+        boxed = [(answer, row) for answer, row in pairs if answer.boxes is not None]
         if masked:
             self.gres.add_batch(
                 predictions=[{"mask": answer.mask, "no_target": _no_target_score(answer)} for answer, _ in masked],
@@ -84,6 +87,22 @@ class Measurement:
                 predictions=[{"boxes": answer.boxes, "scores": answer.scores} for answer, _ in boxed],
                 references=[box_reference(row) for _, row in boxed],
             )
+
+    def add_unreadable(self) -> None:
+        """Count the unreadable answers in the tasks of the others: neither right nor a rejection."""
+        rows = self._truth(self.unreadable)
+        if len(self.gres):
+            predictions = [{"mask": _one_pixel(*row["mask"]["size"]), "no_target": 0.0} for row in rows]
+            self.gres.add_batch(predictions=predictions, references=[mask_reference(row) for row in rows])
+        if len(self.grec) or not len(self.gres):
+            predictions = [{"boxes": [UNREADABLE_BOX], "scores": [1.0]}] * len(rows)
+            self.grec.add_batch(predictions=predictions, references=[box_reference(row) for row in rows])
+        self.unreadable = []
+
+    def _truth(self, answers: Sequence[Answer]) -> list[dict]:
+        """The rows of the answered sentences."""
+        truth = self.rows[[self.places[answer.sent_id] for answer in answers]]
+        return [dict(zip(truth, values)) for values in zip(*truth.values())]
 
     def state(self) -> list[np.ndarray]:
         """What other processes `merge`."""
@@ -152,6 +171,11 @@ def _no_target_score(answer: Answer) -> float:
     if answer.no_target is not None:
         return answer.no_target
     return float(not coco_mask.area(to_rle(answer.mask, *answer.mask["size"])[0]))
+
+
+def _one_pixel(height: int, width: int) -> dict:
+    """RLE of a mask of the first pixel alone: it is not empty, and as good as wrong."""
+    return to_rle({"size": [height, width], "counts": [0, 1, height * width - 1]}, height, width)[0]
 
 
 def _always_empty(scores: dict[str, float]) -> dict[str, float]:

@@ -88,8 +88,8 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {repository.rpartition('/')[2]}\n",
-        f"{family.name} for generalised referring expressions: a sentence may refer to one thing in a picture, "
-        "to many, or to nothing there.\n",
+        f"{family.name}, trained on generalised referring expressions: a sentence may refer to one object in a "
+        "picture, to several, or to none.\n",
         usage.format(repository=repository),
         *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
         f"Trained on `{data_name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",

@@ -184,7 +184,7 @@ def test_command_names_what_is_missing_or_does_not_fit_and_writes_nothing(
         weights = {key: value for key, value in {**golden.weights, **change}.items() if value is not None}
         path = write_weights(weights, tmp_path / f"{name}.pth")
         arguments = [str(path), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
-        assert main([*arguments, "--num-attention-heads", "4"]) == 2
+        assert main([*arguments, "--num_attention_heads", "4"]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and str(path) in message and named in message
         assert not (tmp_path / "out").exists()

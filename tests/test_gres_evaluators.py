@@ -63,7 +63,7 @@ def test_scores_equal_the_published_evaluator(name):
 
 
 def test_goldens_hold_every_mode():
-    assert {case["compat"] for case in GOLDEN["cases"]} == {*GRES.protocols, *GREC.modes}
+    assert {case["compat"] for case in GOLDEN["cases"]} == {*GRES.modes, *GREC.modes}
     assert len(CASES) == 31 and all(case["expected"] for case in GOLDEN["cases"])
 
 
@@ -142,7 +142,7 @@ def made_up(rng: np.random.Generator, number: int, same_size: bool) -> list[tupl
 @pytest.mark.parametrize("seed", range(15))
 def test_every_mode_equals_a_plain_rewriting(seed):
     rng = np.random.default_rng(seed)
-    for compat in GRES.protocols:
+    for compat in GRES.modes:
         sentences = made_up(rng, 40, same_size=compat in ("rela", "cohd", "mabp"))
         predictions = [{"mask": GRES.encode(mask), "no_target": score} for mask, score, _, _ in sentences]
         references = [{"mask": GRES.encode(truth), "no_target": none} for _, _, truth, none in sentences]
@@ -185,7 +185,7 @@ def test_the_curve_and_the_chosen_threshold_follow_the_mode(compat):
     assert accumulator.compute(threshold=chosen.value)["gIoU"] == pytest.approx(points["gIoU"].max())
 
 
-@pytest.mark.parametrize("compat", GRES.protocols)
+@pytest.mark.parametrize("compat", GRES.modes)
 def test_accuracies_without_no_target_sentences_are_zero_everywhere(compat):
     accumulator = GRES.accumulator(compat)
     full = np.ones((2, 2), bool)
@@ -196,6 +196,6 @@ def test_accuracies_without_no_target_sentences_are_zero_everywhere(compat):
     scores, bounds = accumulator.compute(), accumulator.intervals(resamples=20)
     assert (scores["T_acc"], scores["N_acc"]) == (0, 0)
     assert bounds["T_acc"] == bounds["N_acc"] == (0, 0)
-    if accumulator.protocol.none_rule in ("flag", "query"):
+    if accumulator.mode.none_rule in ("flag", "query"):
         points = accumulator.curve()
         assert not points["T_acc"].any() and not points["N_acc"].any()

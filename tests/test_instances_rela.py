@@ -1,11 +1,13 @@
 """The instance branch: what must hold whatever the weights, and that it learns boxes."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
+from modeling import loss_instances_rela
 from modeling.boxes import cxcywh_to_xyxy, generalized_iou
 from modeling.instances_rela import Choice, ObjectFinder, Objects, outside
 from modeling.loss_instances_rela import centre_map, instance_loss, match
@@ -193,11 +195,39 @@ def test_images_without_objects_and_sentences_without_targets(batch: dict) -> No
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_matching_costs_equal_a_plain_rewriting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images, three queries, two objects, three sentences: every term of the cost, written as loops."""
+    torch.manual_seed(0)
+    config = tiny_config(**INSTANCES)
+    objects = Objects(
+        torch.zeros(2, 4, 4), torch.rand(2, 3, 4) * 0.4 + 0.2, torch.randn(2, 3, 4, 4), torch.zeros(2, 3, 8)
+    )
+    choice = Choice([torch.randn(3, 3)], None)
+    labels = {"object_boxes": torch.rand(2, 2, 4) * 0.4 + 0.2, "object_masks": torch.rand(2, 2, 4, 4) > 0.5}
+    labels |= {"num_objects": torch.tensor([2, 1]), "targets": torch.tensor([[1, 0], [1, 1], [0, 1]]) > 0}
+    image_index = torch.tensor([0, 0, 1])
+    monkeypatch.setattr(loss_instances_rela, "match_costs", lambda costs, numbers: costs)
+    costs = match(objects, choice, labels, image_index, config)
+    for image, query, place in itertools.product(range(2), range(3), range(2)):
+        box, truth_box = objects.boxes[image, query], labels["object_boxes"][image, place]
+        mask, truth = objects.masks[image, query].sigmoid(), labels["object_masks"][image, place].float()
+        dice = 1 - (2 * (mask * truth).sum() + 1) / (mask.sum() + truth.sum() + 1)
+        giou = generalized_iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(truth_box))
+        sentences = [b for b in range(3) if image_index[b] == image]
+        errors = [
+            abs(choice.relevance[0][b, query].sigmoid() - labels["targets"][b, place].float()) for b in sentences
+        ]
+        expected = config.box_loss_weight * (box - truth_box).abs().sum() - config.giou_loss_weight * giou
+        expected += config.instance_mask_loss_weight * dice
+        expected += config.relevance_loss_weight * sum(errors) / len(errors)
+        torch.testing.assert_close(costs[image, query, place], expected)
+
+
 def test_more_objects_than_queries(batch: dict) -> None:
     model = tiny_model(num_instance_queries=1)
     output = model(**batch)
     output.loss.backward()
-    assert output.pred_boxes.shape == (4, 1, 4) and output.loss.isfinite()
+    assert model.eval()(**batch).pred_boxes.shape == (4, 1, 4) and output.loss.isfinite()
 
 
 @BACKBONES
@@ -234,7 +264,7 @@ def test_labels_without_objects_train_the_regions_alone(batch: dict) -> None:
 
 
 def test_matching_prefers_box_mask_and_relevance(batch: dict) -> None:
-    model = tiny_model()
+    model = tiny_model().eval()
     with torch.no_grad():
         output = model(**batch)
     labels, index = batch["labels"], batch["image_index"]

@@ -164,7 +164,7 @@ def test_rows_of_the_data_set_make_batches(tmp_path: Path) -> None:
     folder, out = write_genuine(tmp_path / "genuine"), tmp_path / "built"
     grefcoco.build(folder, folder / "train2014", out)
     rows = grefcoco.load(out, split="train", columns=tiny_processor().columns(training=True))
-    batch = tiny_processor().collator(training=True)(rows.__getitems__(list(range(len(rows)))))
+    batch = tiny_processor().collator(training=True, share_images=True)(rows.__getitems__(list(range(len(rows)))))
     crowds = [sum(ann_id % 10 == 3 for ann_id in row["ann_ids"]) for row in rows]
     counts = [len(row["ann_ids"]) - crowd for row, crowd in zip(rows, crowds)]
     assert batch["labels"]["num_boxes"].tolist() == counts and max(crowds) == 1 and {0, 1, 2} <= {*counts}

@@ -73,7 +73,9 @@ def test_masks_are_scored_by_gres(run, dataset, tmp_path):
     code, out, err = run("score", answers, dataset, *options)
     assert code == 0, err
     scores = json.loads(out)
-    assert scores == json.loads((tmp_path / "scores.json").read_text()) and set(scores) == {"gres"}
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {"gres", "default", "origin"} and set(scores["default"]) == {"gres"}
+    assert "threshold" not in scores["default"]["gres"] and scores["origin"]["split"] == "val"
     gres = scores["gres"]
     assert (gres["gIoU"], gres["N_acc"], gres["T_acc"]) == (100, 1, 1)
     assert 0.2 < gres["threshold"] < 0.9
@@ -89,7 +91,7 @@ def test_boxes_are_scored_by_grec(run, dataset, tmp_path):
     code, out, err = run("score", answers, dataset, "--split", "testA", "--ap", "pycocotools")
     assert code == 0, err
     scores = json.loads(out)
-    assert set(scores) == {"grec"} and scores["grec"]["F1_score"] == 1
+    assert set(scores) == {"grec", "origin"} and scores["grec"]["F1_score"] == 1
     assert scores["grec"]["AP"] == pytest.approx(1)
 
 

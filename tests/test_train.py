@@ -86,6 +86,31 @@ def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_flags_are_not_abbreviated_and_the_help_names_the_recipe(capsys):
+    for flags in (["--learning-rat", "3"], ["--learning_rat=3"], ["--max_train", "9"]):
+        with pytest.raises(ValueError, match=r"unknown flag --(learning.rat|max_train); did you mean"):
+            train.parse_config(["--dataset", "x", *flags])
+    with pytest.raises(ValueError, match=r"recipe.yaml: the recipe must be the first argument"):
+        train.parse_config(["--dataset", "x", "recipe.yaml"])
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    page = capsys.readouterr().out
+    assert "train.py [recipe.yaml] [--flag value ...]" in page and "YAML file of flags" in page
+
+
+def test_a_name_that_does_not_exist_is_asked_for_once(monkeypatch):
+    requests = []
+
+    def fail(self, name, timeout):
+        requests.append((name, timeout))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("training.config.HfApi.dataset_info", fail)
+    with pytest.raises(ValueError, match=r"data/nope: there is no such folder, and the Hub does not give it \(no net"):
+        train.Run(train.parse_config(["--dataset", "data/nope"]))
+    assert requests == [("data/nope", 10)]
+
+
 def test_a_missing_data_set_is_one_clear_line(tmp_path, capfd):
     flags = ["--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "o"]
     assert train_here(ROOT / "recipes/unified.yaml", *flags) == 2

@@ -1,8 +1,11 @@
 """What can go wrong in training: a run is killed, told to stop, has no disk left, meets numbers like nan."""
 
+import fcntl
 import json
+import os
 import resource
 import signal
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +16,12 @@ import train
 from grefcoco_data import building, rows
 from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder
 from modeling import processing_rela
+from scoring.answers import Answer
+from scoring.pictures import draw_answers
 from tests.processes import fork, start_group
+from tests.tiny_rela import expression_rows
 from tests.tiny_training import make_dataset, tiny, train_and_die, train_here
+from training.output_lock import FolderInUse, locked
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(whole, dataset, tmp_path, num
     assert same(weights(whole), weights(part))
     losses = [[row["loss"] for row in json.loads((out / "metrics.json").read_text())["history"] if "loss" in row]
               for out in (whole, part)]  # fmt: skip
-    assert len(losses[0]) == len(losses[1]) == 1
+    assert len(losses[0]) == 1 and losses[0] == losses[1], "also of the steps before the checkpoint"
 
 
 @pytest.mark.slow
@@ -93,12 +100,71 @@ def test_two_processes_killed_go_on_bit_for_bit(dataset, tmp_path, streaming):
     for process in start_group(2, train_and_die, "backward", 9, signal.SIGKILL, *tiny(dataset, part, **flags)):
         assert process.wait().returncode == -9
     assert (part / "checkpoints" / "step-00000006").exists() and not (part / "checkpoint").exists()
-    for process in start_group(2, train_here, *tiny(dataset, part, **flags), "--resume_from_checkpoint", "latest"):
-        done = process.wait()
-        assert done.returncode == 0, done.stderr
-        assert "resumed from" in done.stderr
+    resumed = start_group(2, train_here, *tiny(dataset, part, **flags), "--resume_from_checkpoint", "latest")
+    first, second = [process.wait() for process in resumed]
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "| 6/14 [" in first.stderr, "it started at the beginning"
     assert same(weights(whole), weights(part))
     assert json.loads((part / "metrics.json").read_text())["train"]["sentences"] == 14 * 4 * 2
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_resumed_run_records_the_mean_of_the_steps_since_the_last_record(dataset, tmp_path, processes):
+    flags = {"max_train_steps": 10, "checkpointing_steps": 6, "eval_steps": 100, "per_device_train_batch_size": 4}
+    histories = []
+    for name, calls in (("whole", []), ("part", [(train_and_die, "backward", 8, signal.SIGKILL), ("resumed",)])):
+        out = tmp_path / name
+        arguments = tiny(dataset, out, **flags)
+        if calls:
+            for process in start_group(processes, *calls[0], *arguments):
+                assert process.wait().returncode == -9
+            arguments += ["--resume_from_checkpoint", "latest"]
+        for process in start_group(processes, train_here, *arguments):
+            done = process.wait()
+            assert done.returncode == 0, done.stderr
+        histories.append(json.loads((out / "metrics.json").read_text())["history"])
+    assert histories[0] == histories[1] and "loss" in histories[0][0]
+
+
+def hold(folder: str) -> None:
+    with locked(Path(folder)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_runs_do_not_write_into_one_folder(dataset, tmp_path, capfd):
+    flags = tiny(dataset, tmp_path / "out")
+    with locked(tmp_path / "out"):
+        assert train_here(*flags) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert f"process {os.getpid()} on " in line and "choose another --output_dir" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == []
+
+
+def test_the_lock_of_a_killed_process_is_ignored(tmp_path):
+    assert fork(hold, str(tmp_path)).returncode == -signal.SIGKILL
+    assert (tmp_path / "run.lock").exists()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(FolderInUse), locked(tmp_path):
+            pass
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_the_lock_that_only_children_of_a_killed_process_hold_is_ignored(tmp_path):
+    ended = fork(hold, str(tmp_path))
+    assert ended.returncode == -signal.SIGKILL
+    with open(tmp_path / "run.lock", "a") as child:
+        fcntl.flock(child, fcntl.LOCK_EX)
+        with locked(tmp_path):
+            assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_sentences_that_matplotlib_or_a_font_cannot_read_are_drawn(tmp_path):
+    rows = [{**row, "sentence": text} for row, text in zip(expression_rows(), ("$\\frac{$", "a $x$ \ud800", "_^\x00"))]
+    answers = [Answer(i, mask=row["mask"], no_target=0.0) for i, row in enumerate(rows)]
+    assert draw_answers(rows, answers, 0.5).ndim == 3, "for the tracker"
+    draw_answers(rows, answers, 0.5, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_a_second_signal_stops_at_once(dataset, tmp_path, monkeypatch):

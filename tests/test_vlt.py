@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -25,7 +24,7 @@ from modeling.convert_vlt import (
     read_h5,
 )
 from modeling.loss_vlt import mask_loss
-from modeling.modeling_vlt import Gru, VltModel
+from modeling.modeling_vlt import Gru, LayerNorm, VltModel
 from modeling.training_vlt import load_backbone, new_model, parameter_groups
 from tests.fresh_process import outputs_elsewhere
 from tests.tiny_vlt import SMALL, STAGES, stages, tiny_config, tiny_tokenizer
@@ -39,19 +38,6 @@ needs_original = pytest.mark.skipif(not (ORIGINAL / "small.h5").is_file(), reaso
 
 ORIGINAL_SIZES = {"image_size": 128, "word_size": 20, "stem_channels": 2, "text_size": 24, "hidden_size": 32}
 ORIGINAL_SIZES |= {"num_queries": 6, "num_attention_heads": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread_without_onednn() -> Iterator[None]:
-    """With few channels and two threads oneDNN was seen to corrupt memory in gradients on AVX-512.
-
-    Threads also change the order of sums, which five steps of Adam enlarge.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
-    torch.set_num_threads(threads)
 
 
 def relative_errors(values: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> dict[str, float]:
@@ -344,6 +330,12 @@ def test_sentences_about_one_image_share_it() -> None:
         model(pixels, words[[0, 1, 1]])
     with pytest.raises(ValueError, match="this model reads"):
         model(pixels[..., :32], words)
+
+
+def test_layer_norm_has_almost_no_epsilon() -> None:
+    """The original's epsilon is 1e-14: values of 1e-4 are normalised too."""
+    values = LayerNorm(4)(1e-4 * torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=0, atol=1e-4)
 
 
 def test_words_of_a_sentence_share_their_dropout() -> None:

@@ -20,7 +20,7 @@ from modeling.referring_processor import BASE_COLUMNS
 from modeling.tokenization_vlt import TABLE, VltTokenizer
 from modeling.training_vlt import new_model, parameter_groups, random_words
 from tests import tiny_rela
-from tests.tiny_training import ROOT, make_dataset, train_here
+from tests.tiny_training import ROOT, train_here
 from tests.tiny_vlt import SMALL, tiny_config, tiny_processor, tiny_tokenizer
 
 CASES = pytest.mark.parametrize("case", [0, 1])  # an image that is wide, and one that is high
@@ -162,7 +162,7 @@ def rows() -> list[dict]:
 def test_the_collator_needs_no_more_than_its_columns(training: bool, processor: VltProcessor) -> None:
     columns = processor.columns(training)
     assert set(BASE_COLUMNS) <= set(columns)
-    collate = processor.collator(tiny_config(), training=training)
+    collate = processor.collator(tiny_config(), training=training, share_images=True)
     batch = collate([{name: row[name] for name in columns} for row in rows()])
     assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["image_index"].tolist() == [0, 0, 1, 1]
     labels = batch["labels"]
@@ -233,18 +233,17 @@ def test_the_recipe_freezes_the_first_56_convolutions() -> None:
 
 
 @pytest.mark.slow
-def test_training_from_rows_to_scores(tmp_path: Path) -> None:
+def test_training_from_rows_to_scores(scenes_dataset: Path, tmp_path: Path) -> None:
     """train.py with the recipe, on rows with and without targets; the saved model gives the same scores."""
     recipe = yaml.safe_load((ROOT / "recipes" / "vlt_refcoco.yaml").read_text())
     model = {name: value for name, value in SMALL.items() if name != "image_size"} | {"model_type": "vlt"}
-    recipe |= {"dataset": str(make_dataset(tmp_path)), "output_dir": str(tmp_path / "out"), "image_size": 64}
+    recipe |= {"dataset": str(scenes_dataset), "output_dir": str(tmp_path / "out"), "image_size": 64}
     recipe |= {"model": model, "max_train_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 8}
     recipe |= {"report_to": "none", "dataloader_num_workers": 0, "lr_decay_steps": [3]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with torch.backends.mkldnn.flags(enabled=False):  # see test_vlt
-        assert train_here(tmp_path / "recipe.yaml") == 0
-        flags = ["--dataset", recipe["dataset"], "--output_dir", tmp_path / "again", "--report_to", "none"]
-        assert train_here("--eval_only", "--checkpoint", tmp_path / "out" / "checkpoint", *flags) == 0
+    assert train_here(tmp_path / "recipe.yaml") == 0
+    flags = ["--dataset", recipe["dataset"], "--output_dir", tmp_path / "again", "--report_to", "none"]
+    assert train_here("--eval_only", "--checkpoint", tmp_path / "out" / "checkpoint", *flags) == 0
     first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "again"))
     assert first["gres"] == pytest.approx(again["gres"]) and first["gres"]["N_acc"] == 0
     losses = [record["loss"] for record in first["history"] if "loss" in record]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import HfArgumentParser
 
 from training.augmentation import Augmentation
@@ -37,6 +39,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "processes that read and prepare samples")
     # model
     checkpoint: str | None = option(None, "model folder or Hub id to start from or to evaluate")
+    trust_remote_code: bool = option(False, "run the checkpoint's own Python files where this project has no class")
     model: str = option({}, "fields of a new model's configuration; model_type names its family, rela by default")
     tokenizer: str | None = option(
         None,
@@ -64,7 +67,7 @@ class TrainConfig:
     lr_warmup_steps: int = option(0, "steps of linear warm-up, at the start and again after the category warm-up")
     category_supervision: bool = option(False, "also train the vision trunk on the category of every annotated pixel")
     category_warmup_steps: int = option(0, "first steps that train the vision trunk alone, on categories and objects")
-    mixed_precision: str = option("no", "no, fp16 or bf16")
+    mixed_precision: str = option("no", "no, fp16 or bf16; with the last two, fp32 matrix products use TF32 on a GPU")
     ema_decay: float = option(0.0, "average the weights with this decay (EMA), measure and save the average")
     # run
     output_dir: str = option("runs/train", "folder that the run writes")
@@ -109,6 +112,14 @@ class TrainConfig:
             raise ValueError("--eval_only needs the model to measure; name it with --checkpoint")
 
 
+def _unknown(name: str, message: str) -> str:
+    """`message` with the name that does not exist, and the nearest that does."""
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
+    return f"{message.format(name)}; {hint}"
+
+
 def _json_mapping(name: str, text: str) -> dict:
     try:
         value = json.loads(text)
@@ -121,11 +132,35 @@ def _json_mapping(name: str, text: str) -> dict:
 
 def parse_config(argv: list[str]) -> TrainConfig:
     """Read `[recipe.yaml] [--flag value ...]`; raises ValueError on an unknown key or a wrong value."""
-    parser = HfArgumentParser(TrainConfig, description="Train and evaluate with Accelerate.")
+    parser = HfArgumentParser(
+        TrainConfig,
+        usage="train.py [recipe.yaml] [--flag value ...]",
+        description="Train and evaluate with Accelerate.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, help="YAML file of flags, the first argument; typed flags win")
     if argv and not argv[0].startswith("-"):
         parser.set_defaults(**read_recipe(Path(argv[0])))
         argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    config, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(_unknown(unknown[0].split("=")[0].lstrip("-"), "unknown flag --{}"))
+    if rest.recipe is not None:
+        raise ValueError(f"{rest.recipe}: the recipe must be the first argument")
+    return config
+
+
+def check_dataset(dataset: str) -> None:
+    """Raise ValueError at once for a name that is neither a folder nor a data set on the Hub."""
+    if Path(dataset).exists() or HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(dataset, timeout=10)
+    except Exception as error:  # the HTTP errors of huggingface_hub change their base class with its version
+        raise ValueError(
+            f"--dataset {dataset}: there is no such folder, and the Hub does not give it "
+            f"({' '.join(str(error).split())}); build a folder, or set HF_HUB_OFFLINE=1 to use a copy in the cache"
+        ) from error
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -139,9 +174,7 @@ def read_recipe(path: Path) -> dict[str, object]:
     known = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for key in recipe:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
-            raise ValueError(f"{path}: unknown key {key!r}{hint}")
+            raise ValueError(_unknown(str(key), f"{path}: unknown key {{!r}}"))
         if key in MAPPINGS and not isinstance(recipe[key], dict):
             raise ValueError(f"{path}: {key} is {recipe[key]!r}; it must be a mapping")
     return recipe

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import modeling  # noqa: F401 (registers the families with the auto classes)
 from modeling import training_mdetr, training_rela, training_vlt
@@ -36,10 +36,27 @@ FAMILIES = {  # by model_type
 }
 
 
-def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a folder or a Hub id."""
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+def load_checkpoint(checkpoint: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a folder or a Hub id, by the classes of this project.
+
+    Args:
+        trust_remote_code: run the checkpoint's own Python files for what this project has no class, as a tokenizer.
+
+    Raises:
+        ValueError: a model of another project.
+    """
+    if (model_type := model_type_of(checkpoint)) not in FAMILIES:
+        raise ValueError(
+            f"{checkpoint} is a {model_type} model, not one of {', '.join(FAMILIES)}: "
+            "measure it with `python -m scoring predict` and `python -m scoring score`"
+        )
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def model_type_of(checkpoint: str) -> str:
+    """The `model_type` in the config.json of a folder or a Hub id; runs no code of it."""
+    return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type", "unknown")
 
 
 def new_model(

@@ -191,6 +191,21 @@ class StreamedBatches(IterableDataset):
         return self.augmentation(rows, donors, self.seed, epoch)
 
 
+def pick_rows(rows: datasets.Dataset, per_kind: int, seed: int) -> datasets.Dataset:
+    """Pick `per_kind` random rows each of several, one and no target, in that order."""
+    random = np.random.default_rng(seed)
+    counts = np.array([len(ids) for ids in rows.with_format(None)["ann_ids"]])
+    kinds = [np.flatnonzero(chosen) for chosen in (counts > 1, counts == 1, counts == 0)]
+    return rows.select(np.concatenate([random.permutation(kind)[:per_kind] for kind in kinds]).tolist())
+
+
+def vision_only(batch: dict[str, object]) -> dict[str, object]:
+    """The part of a batch that trains the vision trunk on categories and objects, without any sentence."""
+    names = ("categories", "object_boxes", "object_masks", "num_objects")
+    labels = {name: batch["labels"][name] for name in names if name in batch["labels"]}
+    return {"pixel_values": batch["pixel_values"], "labels": labels}
+
+
 def _expression_rows(image: dict, columns: Sequence[str]) -> list[dict]:
     """The expression rows of an image row."""
     rows = explode({name: [value] for name, value in image.items()}, list(columns))

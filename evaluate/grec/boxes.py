@@ -99,11 +99,11 @@ def ranked_scores(
     """Of each sentence the best score, that of as many boxes as targets, and the next; -inf where there are fewer."""
     result = np.full((3, len(num_boxes)), -np.inf, np.float32)
     first = np.cumsum(num_boxes) - num_boxes
-    todo = np.argsort(num_boxes, kind="stable")[np.count_nonzero(num_boxes == 0) :]
-    while len(todo):
+    waiting = np.argsort(num_boxes, kind="stable")[np.count_nonzero(num_boxes == 0) :]
+    while len(waiting):
         # sentences with about as many boxes make one array, filled up with -inf
-        take = max(1, int(np.searchsorted(num_boxes[todo] * np.arange(1, len(todo) + 1), CELLS)))
-        chunk, todo = todo[:take], todo[take:]
+        take = max(1, int(np.searchsorted(num_boxes[waiting] * np.arange(1, len(waiting) + 1), CELLS)))
+        chunk, waiting = waiting[:take], waiting[take:]
         place = np.arange(num_boxes[chunk].max())
         is_box = place < num_boxes[chunk, None]
         ranked = np.where(is_box, scores[np.where(is_box, first[chunk, None] + place, 0)], np.float32(-np.inf))

@@ -1,7 +1,7 @@
 """One-to-one matching of predicted and true boxes, for many sentences at once, as the published evaluator does it.
 
-Each step takes the pair that overlaps most and strikes its row and column, until the best pair left falls below the
-threshold. Arithmetic is float32 throughout, as there.
+Each step takes the pair that overlaps most and sets its row and column to 0, until the best remaining pair is below
+the threshold. Arithmetic is float32 throughout, as in the published code.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ def count_matches(
     matched = np.zeros(len(num_truths), np.int64)
     first_prediction = np.cumsum(num_predictions) - num_predictions
     first_truth = np.cumsum(num_truths) - num_truths
-    todo = np.flatnonzero((num_predictions > 0) & (num_truths > 0))
-    todo = todo[np.lexsort((num_predictions[todo], num_truths[todo]))]
-    while len(todo):
-        largest = np.maximum.accumulate(num_predictions[todo]) * np.maximum.accumulate(num_truths[todo])
-        take = max(1, int(np.searchsorted(largest * np.arange(1, len(todo) + 1), CELLS)))
-        chunk, todo = todo[:take], todo[take:]
-        rows, row_is = _pad(predictions, first_prediction[chunk], num_predictions[chunk])
-        columns, column_is = _pad(truths, first_truth[chunk], num_truths[chunk])
+    waiting = np.flatnonzero((num_predictions > 0) & (num_truths > 0))
+    waiting = waiting[np.lexsort((num_predictions[waiting], num_truths[waiting]))]
+    # sentences with about as many pairs make one array of at most CELLS pairs
+    while len(waiting):
+        largest = np.maximum.accumulate(num_predictions[waiting]) * np.maximum.accumulate(num_truths[waiting])
+        take = max(1, int(np.searchsorted(largest * np.arange(1, len(waiting) + 1), CELLS)))
+        chunk, waiting = waiting[:take], waiting[take:]
+        rows, is_prediction = _pad(predictions, first_prediction[chunk], num_predictions[chunk])
+        columns, is_truth = _pad(truths, first_truth[chunk], num_truths[chunk])
         overlap = overlaps(rows[:, :, None], columns[:, None, :], generalised=generalised)
         overlap[np.isnan(overlap)] = undefined
         overlap[~valid_boxes(rows)] = -np.inf
-        overlap[~(row_is[:, :, None] & column_is[:, None, :])] = -np.inf
+        overlap[~(is_prediction[:, :, None] & is_truth[:, None, :])] = -np.inf
         matched[chunk] = _match(overlap, num_predictions[chunk], num_truths[chunk], threshold)
     return matched
 
@@ -69,32 +70,34 @@ def _match(overlap: np.ndarray, height: np.ndarray, width: np.ndarray, threshold
     """Greedy matching within each matrix of a stack (n, predictions, truths), -inf beyond its own height and width."""
     most = np.minimum(height, width)
     matched = np.zeros(len(overlap), np.int64)
-    open_ = np.arange(len(overlap))
+    active = np.arange(len(overlap))
     for step in range(int(most.max())):
-        open_ = open_[most[open_] > step]
-        flat = overlap[open_].reshape(len(open_), overlap.shape[1] * overlap.shape[2])
+        active = active[most[active] > step]
+        flat = overlap[active].reshape(len(active), overlap.shape[1] * overlap.shape[2])
         best = flat.argmax(axis=1)
-        value = flat[np.arange(len(open_)), best]
+        value = flat[np.arange(len(active)), best]
         reached = ~(value < np.float32(threshold))  # so nan, two boxes without area, is a match
         equal = (flat == value[:, None]) | (np.isnan(flat) & np.isnan(value)[:, None])
         tied = reached & (np.count_nonzero(equal, axis=1) > 1)
+        # which of equal pairs is taken decides what is left for the others; of pairs of overlap 0 none has a partner
         for index in np.flatnonzero(tied & (value != 0)):
-            sentence = open_[index]
+            sentence = active[index]
             pairs = overlap[sentence, : height[sentence], : width[sentence]]
             row, column = divmod(first_of_topk(pairs.ravel().tolist()), pairs.shape[1])
             best[index] = row * overlap.shape[2] + column
-        open_, best = open_[reached], best[reached]
-        matched[open_] += 1
-        for strike in (np.s_[open_, best // overlap.shape[2], :], np.s_[open_, :, best % overlap.shape[2]]):
-            overlap[strike] = np.where(np.isneginf(overlap[strike]), -np.inf, 0)  # published: struck pairs become 0
+        active, best = active[reached], best[reached]
+        matched[active] += 1
+        # the published code sets used pairs to 0, so from a threshold of 0 down they match again
+        for used in (np.s_[active, best // overlap.shape[2], :], np.s_[active, :, best % overlap.shape[2]]):
+            overlap[used] = np.where(np.isneginf(overlap[used]), -np.inf, 0)
     return matched
 
 
 def _pad(boxes: np.ndarray, first: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes as (sentences, largest number, 4), and where there is one."""
+    """Boxes as (sentences, largest number, 4), and whether each is a box or padding."""
     place = np.arange(number.max())
-    there = place < number[:, None]
-    return boxes[np.where(there, first[:, None] + place, 0)], there
+    is_box = place < number[:, None]
+    return boxes[np.where(is_box, first[:, None] + place, 0)], is_box
 
 
 def _area(sides: np.ndarray) -> np.ndarray:

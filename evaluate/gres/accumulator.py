@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from .analysis import breakdown, choose_threshold, curve, intervals, table
-from .masks import as_rles, dense_overlaps, num_pixels, rle_overlaps
-from .scores import PROTOCOLS, headline
+from .masks import dense_overlaps, num_pixels, rle_overlaps
+from .run_lengths import as_rles
+from .scores import MODES, headline
 from .sentence_rows import SentenceRows, Threshold, choice, flags, number, read_columns, whole_numbers
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class GresAccumulator(SentenceRows):
     elsewhere (`add_counts`). Processes exchange `state()` and `merge` it.
 
     Args:
-        compat: whose evaluator to follow, a key of `PROTOCOLS`; the default is the published one.
+        compat: whose evaluator to follow, a key of `MODES`; the default is the published one.
         resolution: where masks are compared: None as given (sizes must agree), "original" at the reference's size, an
             int on a square of that side; by default what `compat` says.
     """
@@ -52,12 +53,12 @@ class GresAccumulator(SentenceRows):
 
     def __init__(self, compat: str = "rela", resolution: int | str | None = None) -> None:
         super().__init__()
-        self.protocol = PROTOCOLS[choice("compat", compat, PROTOCOLS)]
+        self.mode = MODES[choice("compat", compat, MODES)]
         whole = isinstance(resolution, (int, np.integer)) and not isinstance(resolution, bool)
         if not (resolution in (None, "original") or (whole and 0 < resolution < 1 << 14)):
             raise ValueError(f'resolution={resolution!r}: give "original" or the side of a square in pixels')
         self.compat = compat
-        self.resolution = self.protocol.resolution if resolution is None else resolution
+        self.resolution = self.mode.resolution if resolution is None else resolution
 
     def add_batch(self, *, predictions: Sequence[Mapping], references: Sequence[Mapping]) -> None:
         """Add sentences as the metric's `compute` takes them: `{"mask": ..., "no_target": ...}` each.
@@ -67,8 +68,8 @@ class GresAccumulator(SentenceRows):
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
         # where no rule reads it, no_target may be missing
-        reads_truth = self.protocol.only_targets or not self.protocol.truth_by_mask
-        answer = ["mask", "no_target"] if self.protocol.none_rule != "mask" else ["mask"]
+        reads_truth = self.mode.only_targets or not self.mode.truth_by_mask
+        answer = ["mask", "no_target"] if self.mode.none_rule != "mask" else ["mask"]
         truth = ["mask", "no_target"] if reads_truth else ["mask"]
         optional = OPTIONAL if reads_truth else {"no_target": False} | OPTIONAL
         given = read_columns(references, "reference", truth, optional)
@@ -76,7 +77,7 @@ class GresAccumulator(SentenceRows):
         masks, truths = as_rles(answers["mask"], "prediction"), as_rles(given.pop("mask"), "reference")
         if "sentence" in given:
             given["num_words"] = [len(sentence.split()) for sentence in given.pop("sentence")]
-        intersection, union, predicted = rle_overlaps(masks, truths, self.resolution, self.protocol.nearest)
+        intersection, union, predicted = rle_overlaps(masks, truths, self.resolution, self.mode.nearest)
         self.add_counts(
             intersection=intersection,
             union=union,
@@ -146,39 +147,39 @@ class GresAccumulator(SentenceRows):
             expected: see `rows`.
         """
         rows = self._scored_rows(expected)
-        return headline(rows, self.protocol, self._value(threshold, rows))
+        return headline(rows, self.mode, self._value(threshold, rows))
 
     def breakdown(self, threshold: float | Threshold | None = None) -> dict[str, dict[str, float]]:
         """See `analysis.breakdown`."""
         rows = self._scored_rows()
-        return breakdown(rows, self.protocol, self._value(threshold, rows))
+        return breakdown(rows, self.mode, self._value(threshold, rows))
 
     def intervals(
         self, threshold: float | Threshold | None = None, **options: float
     ) -> dict[str, tuple[float, float]]:
         """See `analysis.intervals`."""
         rows = self._scored_rows()
-        return intervals(rows, self.protocol, self._value(threshold, rows), **options)
+        return intervals(rows, self.mode, self._value(threshold, rows), **options)
 
     def table(self, threshold: float | Threshold | None = None) -> dict[str, list]:
         """See `analysis.table`."""
         rows = self._scored_rows()
-        return table(rows, self.protocol, self._value(threshold, rows))
+        return table(rows, self.mode, self._value(threshold, rows))
 
     def curve(self) -> dict[str, np.ndarray]:
         """See `analysis.curve`."""
-        return curve(self._scored_rows(), self.protocol)
+        return curve(self._scored_rows(), self.mode)
 
     def choose_threshold(self, by: str = "gIoU") -> Threshold:
         """See `analysis.choose_threshold`."""
-        return choose_threshold(self._scored_rows(), self.protocol, by)
+        return choose_threshold(self._scored_rows(), self.mode, by)
 
     def _scored_rows(self, expected: Iterable[int] | None = None) -> np.ndarray:
         rows = self.rows(expected)
-        return rows[~rows["no_target"]] if self.protocol.only_targets else rows
+        return rows[~rows["no_target"]] if self.mode.only_targets else rows
 
     def _value(self, threshold: float | Threshold | None, rows: np.ndarray) -> float | None:
-        if threshold is not None and self.protocol.none_rule not in ("flag", "query"):
+        if threshold is not None and self.mode.none_rule not in ("flag", "query"):
             raise ValueError(f"compat={self.compat!r} rejects without a threshold: leave threshold={threshold!r} out")
         if isinstance(threshold, Threshold):
             return threshold.for_rows(rows)

@@ -28,7 +28,7 @@ page = gr.Interface(
     [
         gr.Code(json.dumps(PREDICTIONS, indent=1), language="json", label="predictions"),
         gr.Code(json.dumps(REFERENCES, indent=1), language="json", label="references"),
-        gr.Dropdown(list(METRIC.protocols), value="rela", label="whose evaluator"),
+        gr.Dropdown(list(METRIC.modes), value="rela", label="whose evaluator"),
     ],
     gr.JSON(label="scores"),
     title="GRES",

@@ -4,8 +4,8 @@
     metric.compute(predictions=[...], references=[...])     # through evaluate, buffered by Arrow
     accumulator = metric.accumulator()                      # 55 bytes a sentence, for training loops
 
-Both count and score with the same code: `masks.py` counts pixels, `accumulator.py` keeps the counts, `scores.py` makes
-the published scores of them, `analysis.py` the rest.
+Both count and score with the same code: `run_lengths.py` and `masks.py` count pixels, `accumulator.py` keeps the
+counts, `scores.py` makes the published scores of them, `analysis.py` the rest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import evaluate
 
 from .accumulator import OPTIONAL, GresAccumulator, column
 from .analysis import WORD_BINS
-from .masks import as_rles, encode, foreground
-from .scores import PROTOCOLS, modes_table
+from .masks import foreground
+from .run_lengths import as_rles, encode
+from .scores import MODES, modes_table
 from .sentence_rows import DirectCompute, Threshold, batches, number, plot_curve, read_columns
 
 DESCRIPTION = """
@@ -41,7 +42,7 @@ Args:
         refers to nothing.
     references: per sentence `mask` and `no_target` (bool); optionally `sent_id` (repeated sentences count once),
         `image_id`, `source` (scores are also given per source when there are several), `num_targets`, `sentence`.
-    compat: whose evaluator: {", ".join(PROTOCOLS)}; the first is the published one and the default.
+    compat: whose evaluator: {", ".join(MODES)}; the first is the published one and the default.
     resolution: "original" (the reference's) or the side of a square in pixels; by default what `compat` does.
     threshold: no-target probability above which a sentence is rejected; by default what `compat` does.
     details: also score groups of sentences (`num_targets=2/gIoU`, ...): by number of targets, by share of the image,
@@ -77,7 +78,7 @@ class GresMetric(DirectCompute, evaluate.Metric):
     """The metric as `evaluate.load` gives it, with `accumulator`, `encode`, `foreground` and `plot_curve`."""
 
     accumulator: ClassVar[type[GresAccumulator]] = GresAccumulator
-    protocols = PROTOCOLS
+    modes = MODES
     modes_table = staticmethod(modes_table)
     encode = staticmethod(encode)
     foreground = staticmethod(foreground)

@@ -29,8 +29,8 @@ NONE_RULES = {
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What one published evaluator does. A new mode of `compat` is one entry in `PROTOCOLS`.
+class Mode:
+    """What one published evaluator does. A new mode of `compat` is one entry in `MODES`.
 
     Attributes:
         source: repository, commit and lines of the evaluator, or of several that do the same.
@@ -81,10 +81,11 @@ class Protocol:
         return -(1 - score).astype(np.float32) if self.none_rule == "query" else score
 
 
-RELA = Protocol("henghuiding/ReLA@3ca9551 gres_model/evaluation/refer_evaluation.py:14-232")
-LISA = Protocol(
-    "dvlab-research/LISA@3cb2d43 train_ds.py:523-577; bytedance/Sa2VA@9832e1a projects/sa2va/evaluation/dataset/"
-    "RES.py:218-285, also SAMTok; mc-lan/Text4Seg@d6540b6 ms-swift/text4seg/eval_refer_seg.py:14-102",
+RELA = Mode("henghuiding/ReLA@3ca9551 gres_model/evaluation/refer_evaluation.py:14-232")
+LISA = Mode(
+    "dvlab-research/LISA@3cb2d43 train_ds.py:523-577; "
+    "bytedance/Sa2VA@9832e1a projects/sa2va/evaluation/dataset/RES.py:218-285, also SAMTok; "
+    "mc-lan/Text4Seg@d6540b6 ms-swift/text4seg/eval_refer_seg.py:14-102",
     resolution="original",
     none_rule="mask",
     threshold=None,
@@ -94,7 +95,7 @@ LISA = Protocol(
     printed="fraction (SAMTok percent)",
     comparable="no: other size, no head, N_acc and T_acc only in SAMTok",
 )
-QUERIES = Protocol(
+QUERIES = Mode(
     "Dmmm1997/DeRIS@2406687 deris/evaluations/grefcoco.py:59-160",
     resolution=384,
     nearest="corner",
@@ -103,9 +104,9 @@ QUERIES = Protocol(
     printed="percent",
     comparable="almost: another size of masks, sampled at corners",
 )
-PROTOCOLS = {
+MODES = {
     "rela": RELA,
-    "gsva": Protocol(
+    "gsva": Mode(
         "LeapLabTHU/GSVA@618dc79 solver.py:221-320; jcwang0602/MLLMSeg@a8fceda mllmseg/test_mllmseg_gres.py:145-247",
         resolution="original",
         truth_by_mask=True,
@@ -155,7 +156,7 @@ PROTOCOLS = {
 
 
 def modes_table() -> str:
-    """The card's table of `compat`, made of `PROTOCOLS`."""
+    """The card's table of `compat`, made of `MODES`."""
     columns = [
         "`compat`",
         "unit",
@@ -184,7 +185,7 @@ def modes_table() -> str:
                 mode.source,
                 mode.comparable,
             ]
-            for name, mode in PROTOCOLS.items()
+            for name, mode in MODES.items()
         ],
     )
 
@@ -204,23 +205,23 @@ class Verdicts:
 
 
 def judge(
-    rows: np.ndarray, protocol: Protocol, threshold: float | None = None, rejected: np.ndarray | None = None
+    rows: np.ndarray, mode: Mode, threshold: float | None = None, rejected: np.ndarray | None = None
 ) -> Verdicts:
-    """Apply a protocol to rows; `threshold` replaces the protocol's own, `rejected` the whole rule."""
+    """Apply a mode to rows; `threshold` replaces the mode's own, `rejected` the whole rule."""
     no_target = rows["no_target"]
-    if protocol.truth_by_mask:
+    if mode.truth_by_mask:
         no_target = rows["union"].astype(np.int64) - rows["predicted"] + rows["intersection"] == 0
     if rejected is None:
-        rejected = protocol.rejects(rows["no_target_score"], rows["predicted"], threshold)
+        rejected = mode.rejects(rows["no_target_score"], rows["predicted"], threshold)
     intersection, union = rows["intersection"].astype(np.int64), rows["union"].astype(np.int64)
     intersection[no_target] = 0
     union[no_target & rejected] = 0
-    if protocol.rejected_target == "no intersection":
+    if mode.rejected_target == "no intersection":
         intersection[rejected] = 0
-    iou = np.divide(intersection, union, out=np.full(len(rows), protocol.empty_iou), where=union > 0)
+    iou = np.divide(intersection, union, out=np.full(len(rows), mode.empty_iou), where=union > 0)
     iou[no_target] = rejected[no_target]
-    if protocol.rejected_target == "not counted":
-        unanswered = rows["no_target_score"] > protocol.threshold
+    if mode.rejected_target == "not counted":
+        unanswered = rows["no_target_score"] > mode.threshold
         intersection[unanswered] = union[unanswered] = 0
         iou[unanswered] = 0
     return Verdicts(intersection, union, iou, rejected, no_target)
@@ -242,7 +243,7 @@ def tallies(verdicts: Verdicts) -> dict[str, np.ndarray]:
     return counts | {f"Pr@{level}": targeted & (verdicts.iou >= level) for level in PRECISION_AT}
 
 
-def scores_of(total: Mapping[str, float | np.ndarray], protocol: Protocol, any_no_target: bool) -> dict[str, float]:
+def scores_of(total: Mapping[str, float | np.ndarray], mode: Mode, any_no_target: bool) -> dict[str, float]:
     """gIoU, cIoU, T_acc, N_acc and Pr@0.7, 0.8, 0.9 of sums of `tallies`, or of arrays of sums.
 
     Args:
@@ -256,34 +257,34 @@ def scores_of(total: Mapping[str, float | np.ndarray], protocol: Protocol, any_n
         "T_acc": ratio(accepted, total["targeted"]) * any_no_target,
         "N_acc": ratio(rejected, total["no_target"]),
     }
-    if protocol.accuracies == "mabp":
+    if mode.accuracies == "mabp":
         result["T_acc"] = ratio(rejected, rejected + wrongly + 1)
         result["N_acc"] = ratio(rejected, total["no_target"] + 1)
-    if protocol.extra:
+    if mode.extra:
         precision, recall = ratio(rejected, rejected + wrongly), result["N_acc"]
         result["F_2"] = ratio(5 * precision * recall, 4 * precision + recall)
         result["N+T_acc"] = result["N_acc"] + result["T_acc"]
     return result | {f"Pr@{level}": 100 * ratio(total[f"Pr@{level}"], total["targeted"]) for level in PRECISION_AT}
 
 
-def headline(rows: np.ndarray, protocol: Protocol, threshold: float | None = None) -> dict[str, float]:
+def headline(rows: np.ndarray, mode: Mode, threshold: float | None = None) -> dict[str, float]:
     """The published scores of all rows, then of each source (`refcoco/gIoU`, ...) when there are several.
 
     gIoU, cIoU and Pr@X are 0..100, T_acc and N_acc 0..1, as ReLA prints them; `always_empty/gIoU` is what answering
     "none" to everything would score.
     """
-    verdicts = judge(rows, protocol, threshold)
-    result = _published(verdicts, protocol)
+    verdicts = judge(rows, mode, threshold)
+    result = _published(verdicts, mode)
     result["always_empty/gIoU"] = float(100 * ratio(np.count_nonzero(verdicts.no_target), len(rows)))
     sources = np.unique(rows["source"])
     for source in sources if len(sources) > 1 else ():
-        part = _published(verdicts[rows["source"] == source], protocol)
+        part = _published(verdicts[rows["source"] == source], mode)
         result |= {f"{source.decode() or 'unnamed'}/{key}": value for key, value in part.items()}
     return result
 
 
-def _published(verdicts: Verdicts, protocol: Protocol) -> dict[str, float]:
+def _published(verdicts: Verdicts, mode: Mode) -> dict[str, float]:
     counts = tallies(verdicts)
     total = {name: int(values.sum()) for name, values in counts.items() if name != "iou"}
     total["iou"] = fsum(verdicts.iou.tolist())
-    return {name: float(value) for name, value in scores_of(total, protocol, total["no_target"] > 0).items()}
+    return {name: float(value) for name, value in scores_of(total, mode, total["no_target"] > 0).items()}
