@@ -450,7 +450,8 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
         best, worst = measurement.extremes(6)
-        self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
+        if best:  # no sentence has a target otherwise
+            self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
         if not self.accelerator.is_main_process:
             return
         summary = {**scores, **measurement.details(), "train": self._training_summary()}

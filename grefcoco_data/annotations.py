@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import pickle
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from grefcoco_data.collections import COUNTED, collection_of
 
 SPLITS = ("train", "val", "testA", "testB", "testC", "testAB", "testBC", "test")
 MAX_SIDE = 65_500  # pixels, the most a JPEG header can say
+MANY_TARGETS = 100  # models answer with at most so many boxes
 IMAGE_FIELDS = {"id": (int,), "file_name": (str,), "width": (int,), "height": (int,)}
 OBJECT_FIELDS = {
     "id": (int,),
@@ -169,12 +172,20 @@ def _check_records(records: list, fields: dict[str, tuple[type, ...]], where: st
         for key, kinds in fields.items():
             value = record.get(key)
             if type(value) not in kinds:
-                content = repr(value)[:60] if key in record else "missing"
+                content = _short(value) if key in record else "missing"
                 raise ValueError(f"{where}[{index}].{key} is {content}; expected {kinds[0].__name__}.")
             if type(value) is int and not -(2**63) <= value < 2**63:
                 raise ValueError(f"{where}[{index}].{key} does not fit 64 bits.")
             if type(value) is str and not value.isascii():
                 _check_text(value, f"{where}[{index}].{key}")
+
+
+def _short(value: object) -> str:
+    """The start of a value from a file for a message, whatever its size and depth."""
+    try:
+        return reprlib.repr(value)[:60]
+    except ValueError:  # a number of thousands of digits
+        return type(value).__name__
 
 
 def _check_text(value: str, where: str) -> None:
@@ -200,9 +211,11 @@ def _check_values(refs: list[dict], instances: dict, refs_path: Path, instances_
             raise ValueError(f"{instances_path}: annotations[{index}].category_id does not fit 31 bits.")
     for index, ref in enumerate(refs):
         if ref["split"] not in SPLITS:
-            raise ValueError(f"{refs_path}: refs[{index}].split is {ref['split']!r}; expected one of {SPLITS}.")
+            raise ValueError(f"{refs_path}: refs[{index}].split is {_short(ref['split'])}; expected one of {SPLITS}.")
         if not all(type(ann_id) is int and abs(ann_id) < 2**63 for ann_id in as_list(ref["ann_id"])):
             raise ValueError(f"{refs_path}: refs[{index}].ann_id holds a value that is not an id.")
+        if not all(type(category) is int for category in as_list(ref.get("category_id", -1))):
+            raise ValueError(f"{refs_path}: refs[{index}].category_id holds a value that is not an id.")
 
 
 def _pair(refs: list[dict], instances: dict) -> Annotations:
@@ -221,6 +234,8 @@ def _pair(refs: list[dict], instances: dict) -> Annotations:
         else:
             image_of[item["id"]] = item["image_id"]
             objects[item["image_id"]].append(item)
+            if min(item["bbox"][2:]) < 0:
+                problems.add("box of negative width or height", f"annotation {item['id']}")
     splits: dict[str, dict[int, list[dict]]] = {}
     for ref in refs:
         if _is_usable(ref, images, image_of, problems):
@@ -246,6 +261,10 @@ def _is_usable(ref: dict, images: dict[int, dict], image_of: dict[int, int], pro
     elif not ref["sentences"]:
         problems.add("ref without sentences", name)
     else:
+        if len(set(targets(ref))) < len(targets(ref)):
+            problems.add("ref that names an annotation twice", name)
+        if len(targets(ref)) > MANY_TARGETS:
+            problems.add(f"ref with more than {MANY_TARGETS} targets", name)
         return True
     return False
 
@@ -265,8 +284,18 @@ def _note_sentences(refs: list[dict], problems: Problems) -> None:
             sent_ids.add(sentence["sent_id"])
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles lists, dictionaries, strings and numbers, which need no import; refuses everything else."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Unpickles lists, dictionaries, strings and numbers, which need no import; refuses everything else.
+
+    This is the Python class of the standard library: the one in C reserves memory for any number of memo entries that
+    a file of a few bytes asks for.
+    """
+
+    dispatch: ClassVar[dict] = {
+        code: read
+        for code, read in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in (pickle.BYTEARRAY8, pickle.BUILD, pickle.REDUCE, pickle.PERSID, pickle.BINPERSID)
+    }
 
     def find_class(self, module: str, name: str) -> type:
         raise pickle.UnpicklingError(f"it tries to import {module}.{name}")
@@ -277,4 +306,6 @@ def _read_pickle(path: Path) -> object:
         try:
             return _PlainUnpickler(file, encoding="utf-8").load()  # the encoding is for pickles of Python 2
         except Exception as error:  # a broken pickle can raise any exception
-            raise ValueError(f"{path} is not a pickle of plain values ({error}).") from error
+            raise ValueError(
+                f"{path} is not a pickle of plain values ({str(error)[:200] or type(error).__name__})."
+            ) from error

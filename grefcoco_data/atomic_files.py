@@ -1,5 +1,6 @@
 """Files and folders that appear on disk whole or not at all, and sha256 sums.
 
+    with sole_writer(final): ...        # refuse to write while another process does
     staging = staging_folder(final)     # an empty folder beside `final`
     ...                                 # write files into `staging`
     seal(staging)                       # write manifest.json with the sha256 of every file
@@ -15,6 +16,7 @@ Builds, exports, pages and the checkpoints of training are written this way.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +38,35 @@ def staging_folder(final: Path) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+@contextlib.contextmanager
+def sole_writer(final: Path) -> Iterator[None]:
+    """Hold a lock on `final`, so that no other process replaces it meanwhile; it ends with the process at the latest.
+
+    Raises:
+        ValueError: another process holds the lock; names it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.with_name(f".{final.name}.lock")
+    while True:
+        with open(path, "a+", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                writer = file.read(20) or "another one"
+                raise ValueError(f"{final} is being written by process {writer}; wait for its end.") from None
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # the last holder has removed the file that was opened here
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def seal(folder: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import string
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 
 from grefcoco_data.annotation_json import read_json
 from grefcoco_data.annotations import Annotations, Problems, count_kinds, find_files, read_annotations
-from grefcoco_data.atomic_files import publish, sha256, staging_folder, sync
+from grefcoco_data.atomic_files import publish, sha256, sole_writer, staging_folder, sync
 from grefcoco_data.collections import COUNTED, Collection, collection_of
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import IMAGE_FEATURES, ROWS_PER_GROUP, image_tables
@@ -67,29 +68,49 @@ def build(
 
     Raises:
         ValueError: unusable annotations, a bad image (without `skip_bad_images`), any problem (with `strict`),
-            no row to write, or an `out` that is not an earlier build.
+            no row to write, an `out` that is not an earlier build, that `load_dataset` cannot read or that another
+            process writes.
         FileNotFoundError: annotation files or images do not exist.
     """
-    out, images = Path(out), local_images(str(images))
-    if out.exists() and not (out / REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier build; choose another --out or remove it.")
+    out, images = _checked_out(out), local_images(str(images))
     open_images(images)
+    with sole_writer(out):
+        staging = staging_folder(out)
+        try:
+            report = _write_build(staging, str(annotations), config, images, strict, skip_bad_images, num_proc)
+            publish(staging, out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return report
+
+
+def _checked_out(out: str | Path) -> Path:
+    """Absolute path of the folder to build, symbolic links followed; raises ValueError when it is unusable."""
+    path = Path(out).resolve()
+    if str(out).startswith("~") or "::" in str(path) or set(str(path)) & set("*?[]"):
+        raise ValueError(f"load_dataset cannot read {out}: choose an --out without ~, ::, *, ?, [ and ].")
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise ValueError(f"{out} is the working folder or holds it; choose another --out.")
+    if path.exists() and not (path / REPORT).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{out} exists and is not an earlier build; choose another --out or remove it.")
+    return path
+
+
+def _write_build(
+    folder: Path, annotations: str, config: str, images: str, strict: bool, skip_bad_images: bool, num_proc: int
+) -> dict:
+    """Write all files of a build into an empty folder; returns the report."""
     notes = read_annotations(annotations, config)
     _refuse_problems(notes.problems, strict)
-    staging = staging_folder(out)
-    try:
-        (staging / "data").mkdir()
-        jobs = _shard_jobs(str(annotations), config, images, staging / "data", notes, skip_bad_images)
-        report = _write_shards(jobs, notes, num_proc)
-        _refuse_problems(Problems(report["problems"]), strict)
-        sources = {path.name: sha256(path) for path in find_files(annotations, config)}
-        report = {"version": VERSION, "config": config, **report, "sources": sources}
-        write_card(staging, config, report)
-        (staging / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        publish(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    (folder / "data").mkdir()
+    jobs = _shard_jobs(annotations, config, images, folder / "data", notes, skip_bad_images)
+    report = _write_shards(jobs, notes, num_proc)
+    _refuse_problems(Problems(report["problems"]), strict)
+    sources = {path.name: sha256(path) for path in find_files(annotations, config)}
+    report = {"version": VERSION, "config": config, **report, "sources": sources}
+    write_card(folder, config, report)
+    (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 
@@ -270,12 +291,23 @@ def run_jobs(write: Callable, jobs: list, num_proc: int) -> Iterator[tuple[dict[
         return
     # Forked workers inherit the parsed annotations. Without fork, each worker parses them once.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context(method)) as pool:
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(num_proc, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from pool.map(write, jobs)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that builds is killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _counts(table: pa.Table) -> dict[str, int]:

@@ -160,7 +160,7 @@ class _Sentences:
         self._refuse(outside, "has a width and height that no image can have")
         rles = self.objects.field("segmentation")
         lengths = pc.list_value_length(rles.field("size")).to_numpy(zero_copy_only=False)
-        self._refuse_objects(lengths != 2, "an RLE without a size")
+        self._refuse_objects(lengths != 2, "an RLE of another size than its image")
         sizes = rles.field("size").flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
         expected = self.sizes[self.image_of_object]
         self._refuse_objects((sizes != expected).any(axis=1), "an RLE of another size than its image")

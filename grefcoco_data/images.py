@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from huggingface_hub import snapshot_download
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_IMAGE_BYTES = 64 << 20
+UNSAFE_CHARACTERS = set('\\:*?"<>|')  # in names of files
 ORIENTATION_MARKS = (b"Exif", b"eXIf", b"exif", b"xmp", b"/xap/")  # what files with an orientation tag hold
 
 
@@ -28,10 +30,18 @@ class ImageFolder:
         self.path = Path(path)
 
     def read(self, file_name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such file, ValueError when it is too large for an image."""
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is too large for an image, or not a regular file: a pipe or a device could have no end.
+        """
         path = self.path / file_name
-        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-            raise ValueError(f"{size} bytes are too many for an image")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{status.st_size} bytes are too many for an image")
         return path.read_bytes()
 
 
@@ -44,16 +54,21 @@ class ImageZip:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is neither a folder nor a file of images.")
         self.handle = os.open(self.path, os.O_RDONLY)
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # a broken zip can raise any exception
             raise ValueError(f"{self.path} is not a complete zip file ({error}); download it again.") from error
+        self.entries: dict[str, list[zipfile.ZipInfo]] = {}  # by path without its first folders, the base name last
         for entry in entries:
-            if entry.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", entry.filename):
+            parts = re.split(r"[/\\]", entry.filename)  # some programs write backslashes
+            if not parts[0] or ".." in parts or ":" in parts[0]:
                 raise ValueError(f"{self.path}: entry {entry.filename!r} points outside the archive; refused.")
-        self.entries = {entry.filename.rsplit("/", 1)[-1]: entry for entry in entries}
+            for start in range(len(parts)):
+                self.entries.setdefault("/".join(parts[start:]), []).append(entry)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.path,)
@@ -63,10 +78,25 @@ class ImageZip:
             os.close(self.handle)
 
     def read(self, file_name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such entry, ValueError when it is damaged or too large."""
-        entry = self.entries.get(file_name)
-        if entry is None:
+        """Bytes of an entry, found by the end of its path.
+
+        Raises:
+            FileNotFoundError: there is no such entry.
+            ValueError: it is damaged, too large, encrypted or compressed in a rare way, or several entries fit.
+        """
+        entries = self.entries.get(file_name, [])
+        if not entries:
             raise FileNotFoundError(f"no entry {file_name}")
+        if len(entries) > 1:
+            names = " and ".join(repr(entry.filename) for entry in entries[:2])
+            raise ValueError(f"the zip has several entries of this name, {names}")
+        entry = entries[0]
+        if entry.flag_bits & 1:
+            raise ValueError("it is encrypted in the zip; make a zip without a password")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(
+                f"it is compressed in the zip by method {entry.compress_type}; only stored and deflate work"
+            )
         if max(entry.file_size, entry.compress_size) > MAX_IMAGE_BYTES:
             raise ValueError(f"{entry.file_size} bytes are too many for an image")
         # A local header has 30 bytes, then the name and the extra field, whose lengths are its last two numbers.
@@ -74,7 +104,10 @@ class ImageZip:
         skip = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         data = os.pread(self.handle, entry.compress_size, entry.header_offset + skip)
         if entry.compress_type == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.file_size)
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(1, entry.file_size))
+            except zlib.error as error:
+                raise ValueError(f"it is damaged in the zip ({error})") from error
         if zlib.crc32(data) != entry.CRC:
             raise ValueError("its checksum in the zip does not match")
         return data
@@ -130,8 +163,8 @@ def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
         ValueError: the file is missing, has an unsafe name, is not an image, is truncated or has another size.
     """
     name = image["file_name"]
-    if not re.fullmatch(r"\w[\w.\-]*", name):
-        raise ValueError(f"unsafe file name {name!r} of image {image['id']}, refused")
+    if not _is_safe(name):
+        raise ValueError(f"unsafe file name {name[:80]!r} of image {image['id']}, refused")
     try:
         data = source.read(name)
         fault = _image_fault(data, image["width"], image["height"])
@@ -142,6 +175,14 @@ def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
     if fault:
         raise ValueError(f"image {name} {fault}")
     return data
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a file name, perhaps with folders before it, stays inside the folder of images on every system."""
+    return len(name) <= 1000 and all(
+        part and part.isprintable() and part == part.strip() and part[0] != "." and not set(part) & UNSAFE_CHARACTERS
+        for part in name.split("/")
+    )
 
 
 def without_orientation(data: bytes) -> bytes | None:

@@ -31,6 +31,8 @@ from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, explode, ima
 from grefcoco_data.video_collections import VIDEO_COLLECTIONS
 from grefcoco_data.video_rows import THING, load_videos
 
+NEEDED = ("image_id", "height", "width", "objects", "expressions")  # columns of image rows that make expression rows
+
 
 @dataclass
 class GrefcocoConfig(datasets.BuilderConfig):
@@ -213,7 +215,7 @@ def _arrange(
         return rows.select_columns(columns)
     if isinstance(rows, datasets.Dataset):
         return _expression_rows(rows, columns)
-    needed = [name for name in IMAGE_FEATURES if name in ("objects", "expressions", "height", "width", *columns)]
+    needed = [name for name in IMAGE_FEATURES if name in (*NEEDED, *columns)]
     stream = rows.select_columns(needed)
     if "image" in needed:
         stream = stream.cast_column("image", datasets.Image(decode=False))

@@ -92,7 +92,7 @@ def explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
     height, width = batch["height"][0], batch["width"][0]
     by_id = {item["ann_id"]: item for item in objects}
     if fault := _image_row_fault(objects, by_id, expressions, height, width):
-        place = f"image {batch['image_id'][0]}" if "image_id" in batch else f"an image of {width} x {height} pixels"
+        place = f"image {batch['image_id'][0]}" if "image_id" in batch else "an image"
         raise ValueError(f"The rows cannot be used: {place} {fault}.")
     targets_each = [[by_id[ann_id] for ann_id in expression["ann_ids"]] for expression in expressions]
     rows: dict[str, list] = {}
@@ -127,7 +127,9 @@ def _image_row_fault(
         if not covers_image:
             return f"has an RLE that does not cover its image exactly (object {item['ann_id']})"
     if len(by_id) < len(objects):
-        return "has two objects with one annotation id"
+        ids = [item["ann_id"] for item in objects]
+        twice = next(ann_id for i, ann_id in enumerate(ids) if ann_id in ids[:i])
+        return f"has two objects with one annotation id (object {twice})"
     wanted = (ann_id for expression in expressions for ann_id in expression["ann_ids"])
     unknown = next((ann_id for ann_id in wanted if ann_id not in by_id), None)
     return None if unknown is None else f"has no object {unknown}, which one of its sentences names"

@@ -15,7 +15,7 @@ from grefcoco_data.atomic_files import new_file, sha256, write_text
 from grefcoco_data.building import REPORT, damaged_files, read_report
 from grefcoco_data.masks import decode_mask
 from grefcoco_data.official import push
-from grefcoco_data.rows import decode_image
+from grefcoco_data.pictures import decode_image
 from grefcoco_data.show import SAMPLES_PAGE, TARGET_COLOURS
 from grefcoco_data.video_building import build_videos, download_videos, source_files
 from grefcoco_data.video_collections import video_collection_of

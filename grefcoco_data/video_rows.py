@@ -25,7 +25,8 @@ from pycocotools import mask as coco_mask
 from grefcoco_data.annotations import Problems
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import Video, open_frames, open_masks, palette_masks
-from grefcoco_data.rows import EXPRESSION_FEATURES, RLE, decode_image, list_column
+from grefcoco_data.pictures import decode_image
+from grefcoco_data.rows import EXPRESSION_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
 
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,10 +22,12 @@ import grefcoco
 from grefcoco_data import building, collections, commands, official, show
 from grefcoco_data.annotations import read_annotations
 from grefcoco_data.arguments import ArgumentParser
-from grefcoco_data.atomic_files import sha256
+from grefcoco_data.atomic_files import sha256, sole_writer, staging_folder
 from grefcoco_data.collections import COLLECTIONS, COUNTED
 from grefcoco_data.masks import decode_mask
 from tests.tiny_grefcoco import write_genuine
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +90,55 @@ def test_bad_input_is_one_line_and_code_2(genuine, tmp_path, capsys, trouble):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and named.get(trouble, picture.name) in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+
+
+@pytest.mark.parametrize("out", ["~/built", "a[1]", "a::b", "a*b", "."])
+def test_an_out_that_cannot_be_loaded_is_refused(genuine, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="--out"):
+        grefcoco.build(genuine, genuine / "train2014", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_symbolic_link_as_out_is_followed(genuine, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "built")
+    for _ in range(2):
+        grefcoco.build(genuine, genuine / "train2014", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "built" / "build.json").is_file()
+
+
+def test_a_second_build_into_one_folder_is_refused(genuine, tmp_path, capsys):
+    """It says who writes, and does not touch what the first has written."""
+    with sole_writer(tmp_path / "out"):
+        (staging_folder(tmp_path / "out") / "mine").touch()
+        assert build(genuine, genuine / "train2014", tmp_path / "out") == 2
+        assert f"written by process {os.getpid()}" in capsys.readouterr().err
+        assert (tmp_path / ".out.partial" / "mine").exists()
+    assert build(genuine, genuine / "train2014", tmp_path / "out") == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+WORKERS = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from grefcoco_data.building import _end_with_parent
+def work(number):
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+context = multiprocessing.get_context("fork")
+with ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent) as pool:
+    list(pool.map(work, range(2)))
+"""
+
+
+def test_workers_end_with_a_killed_build():
+    build = subprocess.Popen([sys.executable, "-c", WORKERS], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    workers = [int(build.stdout.readline()) for _ in range(2)]
+    build.kill()
+    assert build.stdout.read() == ""  # ends when no worker holds the pipe any more
+    assert build.wait() == -9 and len(set(workers)) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])

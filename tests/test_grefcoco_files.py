@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grefcoco_data import annotations, images, masks
-from tests.sizes import MUTATED_FILES
+from tests.processes import fork
+from tests.sizes import MUTATED_FILES, MUTATED_ZIPS
 from tests.tiny_grefcoco import HEIGHT, WIDTH, write_genuine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +78,9 @@ PROBLEMS = {
     "no_target flag": ("grefs(unc).json", lambda x: x[0].update(no_target=False)),
     "duplicate ref id": ("grefs(unc).json", lambda x: x.append(x[0])),
     "duplicate sentence id": ("grefs(unc).json", lambda x: x.append(x[0])),
+    "box of negative width": ("instances.json", lambda x: x["annotations"][0].update(bbox=[9, 9, -2, 3])),
+    "ref that names an annotation twice": ("grefs(unc).json", lambda x: x[1].update(ann_id=x[1]["ann_id"] * 2)),
+    "ref with more than 100 targets": ("grefs(unc).json", lambda x: x[1].update(ann_id=x[1]["ann_id"] * 101)),
     "empty sentence": ("grefs(unc).json", lambda x: x[0]["sentences"][0].update(sent=" ")),
 }
 
@@ -113,6 +118,8 @@ FIELDS = {
     "annotations[0] needs": ("instances.json", lambda x: x["annotations"][0].update(bbox=[1, 2, 3, 1e300])),
     "refs[0].split": ("grefs(unc).json", lambda x: x[0].update(split="../train")),
     "refs[2].ann_id": ("grefs(unc).json", lambda x: x[2].update(ann_id=["1"])),
+    "refs[3].category_id": ("grefs(unc).json", lambda x: x[3].update(category_id=[[1]])),
+    "refs[1].image_id": ("grefs(unc).json", lambda x: x[1].update(image_id=[int("9" * 4_000)] * 3)),
     "refs[1].sentences[0].sent": ("grefs(unc).json", lambda x: x[1]["sentences"][0].update(sent="\ud800")),
     "refs[0].ref_id": ("grefs(unc).json", lambda x: x[0].update(ref_id=2**64)),
 }
@@ -182,6 +189,30 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+def deep(depth: int) -> bytes:
+    """A pickle of a list of a ref whose id is a list in a list in a list ..."""
+    return b"\x80\x02]}U\x06ref_id" + b"]" * depth + b"a" * (depth - 1) + b"sa."
+
+
+@pytest.mark.parametrize("content", ["memo", "memo in text", "bytes", "deep"])
+def test_pickles_that_take_much_memory_or_depth_are_refused(genuine, content):
+    as_family(genuine, 2)
+    bombs = {"memo": b"\x80\x02Nr\xff\xff\xff\x0f.", "memo in text": b"Np99999999\n.", "deep": deep(100_000)}
+    bombs["bytes"] = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
+    (genuine / "refcoco" / "refs(unc).p").write_bytes(bombs[content])
+    done = fork(read_with_little_memory, genuine)
+    assert done.returncode == 0, done.stderr
+
+
+def read_with_little_memory(genuine: Path) -> None:
+    """Read in at most 500 MB more than the process has now."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (500 << 20),) * 2)
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p") as error:
+        annotations.read_annotations(genuine, "refcoco_unc")
+    assert not isinstance(error.value.__cause__, MemoryError) and len(str(error.value)) < 600
+
+
 @pytest.mark.parametrize("content", ["canary", "cut", "text"])
 def test_crafted_pickles_are_refused(genuine, tmp_path, content):
     as_family(genuine, 2)
@@ -228,6 +259,98 @@ def test_damaged_zips_are_refused(tmp_path, genuine):
     (tmp_path / "a.zip").write_bytes(data[:-30])
     with pytest.raises(ValueError, match="not a complete zip"):
         images.ImageZip(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("name", ["my photo (1).jpg", "a+b.jpg", "val2014/a.jpg", "p\u00e4r.jpg", "a'b,c.jpg"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip with backslashes"])
+def test_harmless_names_are_read(tmp_path, genuine, name, kind):
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    if kind == "folder":
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).write_bytes(data)
+        source = images.ImageFolder(tmp_path / "images")
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            info = zipfile.ZipInfo("x/" + name)
+            info.filename = info.filename.replace("/", "\\") if "backslashes" in kind else info.filename
+            archive.writestr(info, data)
+        source = images.ImageZip(tmp_path / "a.zip")
+    assert images.read_image(source, record(name)) == data
+
+
+def zip_of(path: Path, data: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.jpg", data)
+    return bytearray(path.read_bytes())
+
+
+def encrypted(content: bytearray) -> None:
+    content[content.index(b"PK\1\2") + 8] |= 1
+
+
+def damaged(content: bytearray) -> None:
+    content[60:90] = b"\xff" * 30
+
+
+def of_unknown_version(content: bytearray) -> None:
+    content[content.index(b"PK\1\2") + 6] = 200
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(encrypted, "password"), (damaged, "damaged in the zip"), (of_unknown_version, "version")],
+)
+def test_faults_of_zips_are_named(tmp_path, genuine, damage, message):
+    content = zip_of(tmp_path / "a.zip", next((genuine / "train2014").iterdir()).read_bytes())
+    damage(content)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_rare_compression_is_named(tmp_path, genuine, method):
+    zip_of(tmp_path / "a.zip", next((genuine / "train2014").iterdir()).read_bytes(), method)
+    with pytest.raises(ValueError, match=f"method {method}"):
+        images.read_image(images.ImageZip(tmp_path / "a.zip"), record())
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path, genuine):
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("train2014/a.jpg", data)
+        archive.writestr("val2014/a.jpg", b"another")
+    source = images.ImageZip(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match=r"'train2014/a\.jpg' and 'val2014/a\.jpg'"):
+        images.read_image(source, record())
+    assert images.read_image(source, record("train2014/a.jpg")) == data
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("/dev/zero")
+    for name in ("a.jpg", "b.jpg"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            images.read_image(images.ImageFolder(tmp_path), record(name))
+
+
+def test_any_zip_is_read_or_is_one_error(tmp_path, genuine):
+    """Bytes changed, cut out and doubled at random places."""
+    data = next((genuine / "train2014").iterdir()).read_bytes()
+    whole = {method: zip_of(tmp_path / "a.zip", data, method) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)}
+    chance = random.Random(0)
+    for number in range(MUTATED_ZIPS):
+        content = bytearray(whole[chance.choice([*whole])])
+        for _ in range(chance.randint(1, 4)):
+            start = len(content) - chance.randrange(min(160, len(content)))  # the table of contents is at the end
+            start = chance.choice([chance.randrange(90), min(start, len(content) - 1)])
+            content[start : start + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+        (tmp_path / f"{number}.zip").write_bytes(content)
+        try:
+            assert images.read_image(images.ImageZip(tmp_path / f"{number}.zip"), record()) == data
+        except ValueError as error:
+            assert "\n" not in str(error)
+        (tmp_path / f"{number}.zip").unlink()
 
 
 def png_header(width: int, height: int) -> bytes:
