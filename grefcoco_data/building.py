@@ -34,14 +34,14 @@ from tqdm.auto import tqdm
 from grefcoco_data.annotation_json import read_json
 from grefcoco_data.annotations import Annotations, Problems, count_kinds, find_files, read_annotations
 from grefcoco_data.atomic_files import publish, sha256, sole_writer, staging_folder, sync
-from grefcoco_data.collections import COUNTED, Collection, collection_of
+from grefcoco_data.collections import COLLECTIONS, COUNTED, Collection, collection_of
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import IMAGE_FEATURES, ROWS_PER_GROUP, image_tables
 
 VERSION = "1.0.0"  # of the stored rows
 REPORT = "build.json"  # the file that marks a built folder
 PARTS = {"config": str, "splits": dict, "problems": dict, "shards": dict}  # of the report
-PARTS |= {"categories": list, "refs_without_sentences": list}
+PARTS_OF_IMAGES = {"categories": list, "refs_without_sentences": list}  # of the report of a data set of images
 
 
 def build(
@@ -122,15 +122,16 @@ def read_report(folder: str | Path) -> dict:
     """The report that `build` wrote into a folder. Raises ValueError when it is damaged."""
     path = Path(folder) / REPORT
     report = read_json(path)
-    if not (isinstance(report, dict) and all(isinstance(report.get(name), kind) for name, kind in PARTS.items())):
+    parts = PARTS | (PARTS_OF_IMAGES if isinstance(report, dict) and str(report.get("config")) in COLLECTIONS else {})
+    if not (isinstance(report, dict) and all(isinstance(report.get(name), kind) for name, kind in parts.items())):
         raise ValueError(f"{path} is not a build report; build again.")
     splits, names = report["splits"].values(), [*report["problems"].values(), list(report["shards"].values())]
     if not (
-        all(isinstance(split, dict) and set(COUNTED) <= set(split) for split in splits)
-        and all(type(number) is int for split in splits for number in split.values())
+        all(isinstance(split, dict) and all(type(number) is int for number in split.values()) for split in splits)
         and all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
         and all(re.fullmatch(r"data/[\w-]+\.parquet", name) for name in report["shards"])
-        and all(isinstance(item, dict) for item in [*report["categories"], *report["refs_without_sentences"]])
+        and (parts == PARTS or all(set(COUNTED) <= set(split) for split in splits))
+        and (parts == PARTS or all(isinstance(item, dict) for name in PARTS_OF_IMAGES for item in report[name]))
     ):
         raise ValueError(f"{path} holds values of wrong types; build again.")
     return report
