@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import string
 import sysconfig
@@ -32,12 +34,14 @@ from tqdm.auto import tqdm
 from grefcoco_data.annotation_json import read_json
 from grefcoco_data.annotations import Annotations, Problems, count_kinds, find_files, read_annotations
 from grefcoco_data.atomic_files import publish, sha256, sole_writer, staging_folder, sync
-from grefcoco_data.collections import COUNTED, Collection, collection_of
+from grefcoco_data.collections import COLLECTIONS, COUNTED, Collection, collection_of
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import IMAGE_FEATURES, ROWS_PER_GROUP, image_tables
 
 VERSION = "1.0.0"  # of the stored rows
 REPORT = "build.json"  # the file that marks a built folder
+PARTS = {"config": str, "splits": dict, "problems": dict, "shards": dict}  # of the report
+PARTS_OF_IMAGES = {"categories": list, "refs_without_sentences": list}  # of the report of a data set of images
 
 
 def build(
@@ -118,9 +122,41 @@ def read_report(folder: str | Path) -> dict:
     """The report that `build` wrote into a folder. Raises ValueError when it is damaged."""
     path = Path(folder) / REPORT
     report = read_json(path)
-    if not isinstance(report, dict) or not {"config", "splits", "problems", "categories", "shards"} <= report.keys():
+    parts = PARTS | (PARTS_OF_IMAGES if isinstance(report, dict) and str(report.get("config")) in COLLECTIONS else {})
+    if not (isinstance(report, dict) and all(isinstance(report.get(name), kind) for name, kind in parts.items())):
         raise ValueError(f"{path} is not a build report; build again.")
+    splits, names = report["splits"].values(), [*report["problems"].values(), list(report["shards"].values())]
+    if not (
+        all(isinstance(split, dict) and all(type(number) is int for number in split.values()) for split in splits)
+        and all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
+        and all(re.fullmatch(r"data/[\w-]+\.parquet", name) for name in report["shards"])
+        and (parts == PARTS or all(set(COUNTED) <= set(split) for split in splits))
+        and (parts == PARTS or all(isinstance(item, dict) for name in PARTS_OF_IMAGES for item in report[name]))
+    ):
+        raise ValueError(f"{path} holds values of wrong types; build again.")
     return report
+
+
+@contextlib.contextmanager
+def one_error(folder: str | Path) -> Iterator[None]:
+    """Turn what libraries raise on a damaged folder into one ValueError; errors of the system stay what they are."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and (error.errno or isinstance(error, FileNotFoundError)):
+            raise
+        raise ValueError(_damage(folder, error)) from error  # OSError without a number: a damaged Parquet file
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(_damage(folder, error)) from error
+    except Exception as error:  # YAML, Arrow and `datasets` have many kinds
+        raise ValueError(_damage(folder, error.__cause__ or error)) from error
+
+
+def _damage(folder: str | Path, error: BaseException) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{folder} is damaged or was not built by this program ({reason[:300]}); build again."
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -138,8 +174,9 @@ def damaged_files(folder: Path) -> list[str]:
 
 def stored_image_ids(folder: Path, split: str) -> set[int]:
     """Ids of the images in a split of a built folder."""
-    tables = (pq.read_table(path, columns=["image_id"]) for path in (folder / "data").glob(f"{split}-*.parquet"))
-    return {image_id for table in tables for image_id in table["image_id"].to_pylist()}
+    with one_error(folder):
+        tables = (pq.read_table(path, columns=["image_id"]) for path in (folder / "data").glob(f"{split}-*.parquet"))
+        return {image_id for table in tables for image_id in table["image_id"].to_pylist()}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from grefcoco_data.show import draw_statistics, sentence_statistics, write_sampl
 from grefcoco_data.video_collections import VIDEO_CONFIGS
 from grefcoco_data.video_commands import run_video_command
 
+LONGEST_MESSAGE = 800  # characters
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0; 1 when `check` finds damage; 2 after one line on bad input."""
@@ -34,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--images is missing.")
         return options.run(options)
     except (OSError, ValueError) as error:
-        print(f"grefcoco {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        print(f"grefcoco {options.command}: {text}", file=sys.stderr)
         return 2
 
 

@@ -38,9 +38,14 @@ def expression_table(images: pa.Table, columns: Sequence[str]) -> pa.Table:
     Raises:
         ValueError: the image rows contradict themselves; names the image.
     """
-    sentences = _Sentences(images)
-    arrays = [sentences.column(name) for name in columns]
-    return pa.Table.from_arrays(arrays, schema=expression_features(columns).arrow_schema)
+    sentences, schema = _Sentences(images), expression_features(columns).arrow_schema
+    arrays = [sentences.column(name).cast(kind) for name, kind in zip(columns, schema.types)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def check_image_rows(images: pa.Table) -> None:
+    """Raises ValueError when image rows contradict themselves; names the image."""
+    _Sentences(images)
 
 
 class ExpressionTable(TableBlock):

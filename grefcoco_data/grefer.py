@@ -19,8 +19,9 @@ from PIL import Image
 
 from grefcoco_data.annotation_json import without_garbage_collection
 from grefcoco_data.annotations import as_list, read_files, targets
-from grefcoco_data.building import REPORT, read_report
+from grefcoco_data.building import REPORT, one_error, read_report
 from grefcoco_data.collections import COLLECTIONS
+from grefcoco_data.expressions import check_image_rows
 from grefcoco_data.masks import decode_mask, merge_rles, to_rle
 
 Ids = int | str | Iterable[int] | Iterable[str]
@@ -215,7 +216,10 @@ class GRefer:
         refs, images, anns = [], {}, {}
         for shard in report["shards"]:
             split = Path(shard).name.split("-")[0]
-            for row in arrow_dataset.dataset(self.root / shard).to_table(columns=columns).to_pylist():
+            with one_error(self.root):
+                table = arrow_dataset.dataset(self.root / shard).to_table(columns=columns)
+                check_image_rows(table)
+            for row in table.to_pylist():
                 image = {"id": row["image_id"]} | {key: row[key] for key in ("file_name", "width", "height")}
                 images[row["image_id"]] = image
                 anns |= {item["ann_id"]: _annotation(item, row["image_id"]) for item in row["objects"]}

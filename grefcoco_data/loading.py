@@ -7,6 +7,7 @@ category_ids("data/grefcoco", ["train", "val"])                     # [1, 2, 3, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from datasets import Features
 from datasets.fingerprint import Hasher
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
-from grefcoco_data.building import REPORT, VERSION, read_report
+from grefcoco_data.building import REPORT, VERSION, one_error, read_report
 from grefcoco_data.collections import CONFIGS, collection_of
 from grefcoco_data.expressions import ExpressionTable, expression_features
 from grefcoco_data.images import local_images, open_images
@@ -130,9 +131,10 @@ def load(
     if unknown := set(columns) - set(available):
         raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(available)}.")
     rows = _load_image_rows(str(source), images, config, split, streaming, with_images="image" in columns)
-    if isinstance(rows, dict):
-        return type(rows)({name: _arrange(part, layout, columns) for name, part in rows.items()})
-    return _arrange(rows, layout, columns)
+    with one_error(source):
+        if isinstance(rows, dict):
+            return type(rows)({name: _arrange(part, layout, columns) for name, part in rows.items()})
+        return _arrange(rows, layout, columns)
 
 
 def _stored_config(source: str | Path, config: str) -> str:
@@ -157,15 +159,16 @@ def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefc
     if _stored_config(source, config) in VIDEO_COLLECTIONS:
         return [THING]
     collection_of(config)
-    files = datasets.load_dataset_builder(str(source), config).config.data_files
     ids: set[int] = set()
-    for split in dict.fromkeys(splits):
-        if split not in files:
-            raise ValueError(f"{source} has no split {split!r}; choose one of {', '.join(files)}.")
-        for path in files[split]:
-            with fsspec.open(path) as file:
-                column = pq.ParquetFile(file).read(["objects.list.element.category_id"])["objects"]
-            ids.update(pc.unique(pc.struct_field(pc.list_flatten(column), "category_id")).to_pylist())
+    with one_error(source):
+        files = datasets.load_dataset_builder(str(source), config).config.data_files
+        for split in dict.fromkeys(splits):
+            if split not in files:
+                raise ValueError(f"{source} has no split {split!r}; choose one of {', '.join(files)}.")
+            for path in files[split]:
+                with fsspec.open(path) as file:
+                    column = pq.ParquetFile(file).read(["objects.list.element.category_id"])["objects"]
+                ids.update(pc.unique(pc.struct_field(pc.list_flatten(column), "category_id")).to_pylist())
     return sorted(ids)
 
 
@@ -186,7 +189,8 @@ def _load_image_rows(
         raise ValueError(f"{source} holds genuine annotation files: name the images too (images=FOLDER_OR_ZIP).")
     if images is None:
         columns = {} if with_images else {"columns": [name for name in IMAGE_FEATURES if name != "image"]}
-        return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+        with one_error(source) if os.path.isdir(source) else contextlib.nullcontext():
+            return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
     paths = {"annotations": os.path.abspath(source), "images": os.path.abspath(local_images(str(images)))}
     builder = Grefcoco(dataset_name="grefcoco", config_name=config, **paths)
     if streaming:
@@ -211,6 +215,9 @@ def _fingerprint(files: Iterable[Path], images: str) -> str:
 def _arrange(
     rows: datasets.Dataset | datasets.IterableDataset, layout: str, columns: list[str]
 ) -> datasets.Dataset | datasets.IterableDataset:
+    needed = columns if layout == "image" else [*NEEDED, *(name for name in columns if name in IMAGE_FEATURES)]
+    if missing := set(needed) - set(rows.column_names or ()):
+        raise ValueError(f"The rows have no column {', '.join(sorted(missing))}; build the data set again.")
     if layout == "image":
         return rows.select_columns(columns)
     if isinstance(rows, datasets.Dataset):
