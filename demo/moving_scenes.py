@@ -51,6 +51,7 @@ class MovingObject:
 class MovingScene:
     """Frames (size, size, 3) uint8, masks (objects, frames, size, size) bool, sentences with the places of targets."""
 
+    objects: list[MovingObject]
     frames: list[np.ndarray]
     masks: np.ndarray
     sentences: list[tuple[str, list[int]]]
@@ -75,7 +76,7 @@ def make_moving_scene(seed: int, split: str, index: int, size: int, num_frames: 
             masks[:number, frame] &= ~inside  # later shapes cover earlier ones
             masks[number, frame] = inside
         frames.append(np.clip(canvas, 0, 255).astype(np.uint8))
-    return MovingScene(frames, masks, draw_sentences(rng, objects, no_target))
+    return MovingScene(objects, frames, masks, draw_sentences(rng, objects, no_target))
 
 
 def draw_object(rng: random.Random, colours: list[str], size: int, num_frames: int) -> MovingObject:

@@ -219,18 +219,24 @@ def _arrange(
     stream = videos.select_columns(stored)
     if "image" in columns:
         stream = stream.cast_column("frames", [datasets.Image(decode=False)])
-    return stream.map(_explode, batched=True, batch_size=1, remove_columns=stored, fn_kwargs={"columns": columns})
+    # in two steps: a frame is decoded when its first sentence is read, not all frames of the video
+    stream = stream.map(_split, batched=True, batch_size=1, remove_columns=stored)
+    names = {"remove_columns": ["video", "frame"], "fn_kwargs": {"columns": columns}}
+    return stream.map(_explode, batched=True, batch_size=1, **names)
+
+
+def _split(batch: dict[str, list]) -> dict[str, list]:
+    """Turn one video row, given as a batch of one, into one row per frame."""
+    video = {name: values[0] for name, values in batch.items()}
+    numbers = range(len(video["frame_names"]))
+    return {"video": [video] * len(numbers), "frame": list(numbers)}
 
 
 def _explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
-    """Turn one video row, given as a batch of one, into rows of all frames and sentences; images are decoded once."""
-    video = {name: values[0] for name, values in batch.items()}
-    rows = []
-    for frame in range(len(video["frame_names"])):
-        image = decode_image(video["frames"][frame]) if "image" in columns else None
-        rows += [
-            frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]
-        ]
+    """Turn one frame, given as a batch of one, into one row per sentence; all share the decoded image."""
+    (video,), (frame,) = batch["video"], batch["frame"]
+    image = decode_image(video["frames"][frame]) if "image" in columns else None
+    rows = [frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]]
     return {name: [row[name] for row in rows] for name in columns}
 
 
