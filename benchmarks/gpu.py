@@ -7,7 +7,6 @@ Rows that no time is left for are listed under "not_reached". Without a GPU the 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
+from grefcoco_data.arguments import ArgumentParser
 from grefcoco_data.atomic_files import write_text
 from modeling.configuration_mdetr import MdetrConfig
 from modeling.configuration_rela import RelaConfig
@@ -112,7 +112,7 @@ def cases() -> list[Case]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written again after every row")
     parser.add_argument("--minutes", type=float, default=8.5, help="no row is started after this time")
     options = parser.parse_args(argv)

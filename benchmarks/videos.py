@@ -29,6 +29,8 @@ import evaluate
 import numpy as np
 from PIL import Image
 
+from grefcoco_data.arguments import ArgumentParser
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grefcoco
@@ -41,7 +43,7 @@ NUM_VIDEOS, NUM_OBJECTS, NUM_FRAMES, NUM_SENTENCES = 2006, 8171, 54, 33_072
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("metric", "data", "motion", "build", "stream", "map"))
     parser.add_argument("--original", type=Path)
     parser.add_argument("--work", type=Path)
