@@ -36,7 +36,7 @@ COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 15
 EXAMPLES = (2, 10, 23)  # scenes with sentences of one target, of several, and of none
 SPACE_FILES = ("demo/app.py", "demo/cards.py", "demo/scenes.py", "demo/sentences.py")
 SPACE_FILES += ("grefcoco_data/__init__.py", "grefcoco_data/arguments.py")
-SPACE_REQUIREMENTS = "numpy\npillow\npycocotools\ntorch>=2.11\ntqdm\ntransformers>=5.17\n"
+SPACE_REQUIREMENTS = "numpy\npillow\npycocotools\ntorch>=2.11\ntqdm\ntransformers>=5.18\n"
 SPACE_APP = 'from demo.app import main\n\nraise SystemExit(main(["--model", "{model}", "--trust-remote-code"]))\n'
 SPACE_CARD = """---
 title: What does the sentence mean?
@@ -307,9 +307,10 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def describe(segment: Pipeline, name: str) -> str:
     """What the model is, what it was trained on and which words it knows, as HTML."""
     tokenizer, config = segment.processor.tokenizer, segment.model.config
+    shown = "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name  # not the folders of the server
     words = sorted(word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha())
     parts = [
-        f"Model: <b>{html.escape(name)}</b> ({html.escape(config.model_type)}, "
+        f"Model: <b>{html.escape(shown)}</b> ({html.escape(config.model_type)}, "
         f"{segment.model.num_parameters() / 1e6:.1f} million parameters), {trained_on(name)}."
     ]
     if len(words) < 500:

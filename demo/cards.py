@@ -16,7 +16,7 @@ from pycocotools import mask as rle_masks
 Colour = tuple[int, int, int]
 CSS = """
 .tools {margin: 0 0 .75rem; font-size: .9rem}
-.tools a, .card a {margin: 0 !important; padding: 0 !important}
+.tools a, .card a {margin: 0 !important; padding: 0 !important; color: inherit !important}
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem}
 .card {margin: 0; border: 1px solid var(--border-color-primary); border-radius: 12px; overflow: hidden;
   background: var(--block-background-fill)}
