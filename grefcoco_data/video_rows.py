@@ -31,6 +31,7 @@ from grefcoco_data.video_collections import video_collection_of
 
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads
 MAX_FRAMES = 10_000  # a frame row's sent_id is the sentence's times this, plus the number of the frame
+LARGE = ("frames", "objects", "expressions")  # columns of a video row of which frames read a part
 THING = 1  # category of every object; the data sets have none
 VIDEO_FEATURES = Features(
     {
@@ -319,11 +320,10 @@ def _frame_places(row: int, table: pa.Table) -> pa.Table:
 
 
 class _FrameLookup:
-    """Replaces the places in `_frame_index` by values, of videos that are read once for a batch."""
+    """Replaces the places in `_frame_index` by values; of a video, only the frame that is asked for is read."""
 
     def __init__(self, videos: datasets.Dataset) -> None:
-        self.rows = videos.select_columns([name for name in VIDEO_FEATURES if name != "frames"])
-        self.frames = videos.with_format(None).select_columns(["frames"]) if "frames" in videos.column_names else None
+        self.videos = videos.with_format(None)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         values = dict(batch)
@@ -332,16 +332,29 @@ class _FrameLookup:
             images = {place: self._image(*place) for place in dict.fromkeys(places)}
             values["image"] = [images[place] for place in places]
         for name in batch.keys() & {"boxes", "masks", "mask", "objects"}:
-            videos = {video: self.rows[video] for video in {place[0] for place in batch[name]}}
+            places = [(video, frame) for video, frame, _ in batch[name]]
+            frames = {place: self._frame(*place) for place in dict.fromkeys(places)}
             values[name] = [
-                frame_row(videos[video], frame, videos[video]["expressions"][sentence], [name])[name]
+                frame_row(frames[video, frame], frame, self._expression(video, sentence), [name])[name]
                 for video, frame, sentence in batch[name]
             ]
         return values
 
     def _image(self, video: int, frame: int) -> Image.Image:
-        """One frame, decoded; the other frames of the video stay unread in the Arrow table."""
-        return decode_image(self.frames.data["frames"][video].values[frame].as_py())
+        return decode_image(self.videos.data["frames"][video].values[frame].as_py())
+
+    def _expression(self, video: int, sentence: int) -> dict:
+        return self.videos.data["expressions"][video].values[sentence].as_py()
+
+    def _frame(self, video: int, frame: int) -> dict:
+        """A video row whose objects have the masks of one frame only."""
+        row = {name: self.videos.data[name][video].as_py() for name in VIDEO_FEATURES if name not in LARGE}
+        objects = self.videos.data["objects"][video].values
+        places = np.arange(len(objects)) * len(row["frame_names"]) + frame
+        masks = objects.field("segmentations").flatten().take(pa.array(places)).to_pylist()
+        ids = objects.field("anno_id").to_pylist()
+        row["objects"] = [{"anno_id": key, "segmentations": {frame: mask}} for key, mask in zip(ids, masks)]
+        return row
 
 
 def merged_masks(video: dict, expression: dict) -> list[dict]:
