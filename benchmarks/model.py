@@ -2,8 +2,8 @@
 
 Swin-B at 480 x 480 with random weights, one thread, CPU time. The two sides of a comparison alternate in one process,
 and their outputs are compared. Without `--original`, the rows that need the original code are skipped. `--compile`
-adds torch.compile, which takes minutes. `--only WORD` selects the rows whose name contains the word. On a CUDA machine
-the rows are throughput, memory and the fraction of the measured bf16 rate instead.
+adds torch.compile, which takes minutes. `--only WORD` selects the rows whose name contains the word.
+`benchmarks.gpu` measures a GPU.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from modeling.modeling_rela import RelaModel
 from modeling.pixel_decoder_rela import gather_points, pixel_centres
 
 SIDE, TOKENS, SENTENCES = 480, 20, 14
-GIGAFLOP = {"forward": 262.6, "forward and backward": 771.7}  # Swin-B, one image and one sentence
+GIGAFLOP = 262.6  # of the forward pass of Swin-B, one image and one sentence
 
 
 def main() -> None:
@@ -40,10 +40,7 @@ def main() -> None:
     if original is not None:
         model.load_state_dict(convert_state_dict(original.state_dict()))
     with torch.no_grad():
-        if torch.cuda.is_available():
-            measure_gpu(model, options.compile, options.repeats)
-        else:
-            measure_cpu(model, original, options)
+        measure_cpu(model, original, options)
 
 
 def measure_cpu(model: RelaModel, original: OriginalRela | None, options: argparse.Namespace) -> None:
@@ -73,35 +70,8 @@ def measure_cpu(model: RelaModel, original: OriginalRela | None, options: argpar
             print_row(name, *sides(), repeats)
     a, b = random_matrices()
     rate = 2 * len(a) ** 3 / cpu_seconds(lambda: nn.functional.linear(a, b), repeats)
-    work = GIGAFLOP["forward"]
-    seconds = work * 1e9 / rate
-    print(f"\nForward pass: {work} GFLOP; at the {rate / 1e9:.0f} GFLOP/s of an fp32 product: {seconds:.2f} s")
-
-
-def measure_gpu(model: RelaModel, compiled: bool, repeats: int) -> None:
-    """Print throughput, peak memory and fraction of the measured bf16 rate for inference and training."""
-    model.cuda()
-    rate = bf16_rate()
-    print(f"measured bf16 rate: {rate / 1e12:.0f} TFLOP/s")
-    print("| pass | images/s | peak GiB | fraction of the rate |\n|---|---|---|---|")
-    runners = [("eager", model)] + ([("compiled", torch.compile(model))] if compiled else [])
-    for name, runner in runners:
-        for work, batch in (("forward", 32), ("forward and backward", 16)):
-            inputs = {key: value.cuda() for key, value in random_inputs(batch, batch).items()}
-            labels = {"masks": torch.zeros(batch, SIDE, SIDE).cuda(), "no_target": torch.zeros(batch).cuda()}
-            labels = labels if work != "forward" else None
-
-            def step(runner: Callable = runner, inputs: dict = inputs, labels: dict | None = labels) -> None:
-                with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(labels is not None):
-                    outputs = runner(**inputs, labels=labels)
-                if labels is not None:
-                    outputs.loss.backward()
-
-            torch.cuda.reset_peak_memory_stats()
-            seconds = cuda_seconds(step, repeats)
-            memory = torch.cuda.max_memory_allocated() / 2**30
-            fraction = GIGAFLOP[work] * 1e9 * batch / seconds / rate
-            print(f"| {name} {work}, batch {batch} | {batch / seconds:.1f} | {memory:.1f} | {fraction:.1%} |")
+    seconds = GIGAFLOP * 1e9 / rate
+    print(f"\nForward pass: {GIGAFLOP} GFLOP; at the {rate / 1e9:.0f} GFLOP/s of an fp32 product: {seconds:.2f} s")
 
 
 def region_decoders(original: OriginalRela, model: RelaModel, inputs: dict) -> tuple[Callable, Callable]:
@@ -198,24 +168,6 @@ def cpu_seconds(function: Callable[[], object], repeats: int = 1) -> float:
         function()
         seconds.append(time.process_time() - start)
     return min(seconds)
-
-
-def bf16_rate(size: int = 8192) -> float:
-    """Measure the FLOP/s of a large bf16 matrix product on this GPU."""
-    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    return 2 * size**3 / cuda_seconds(lambda: a @ a, 20)
-
-
-def cuda_seconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the mean time of a call, after three warm-up calls."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
 
 
 if __name__ == "__main__":

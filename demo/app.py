@@ -8,34 +8,36 @@ The model runs once for a picture and its sentences. The threshold slider does n
 
 from __future__ import annotations
 
-import base64
+import argparse
 import html
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
 from gradio.data_classes import ImageData
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
-from PIL import Image, ImageDraw, ImageFilter
-from transformers import Pipeline, pipeline
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase, pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's import path has only its own folder
 
+from demo import cards as result_cards
+from demo.cards import SentenceCard, data_url, make_card
 from demo.scenes import make_scene
 from grefcoco_data.arguments import ArgumentParser
 
-MAX_SIDE, MAX_SENTENCES = 1024, 12  # limits of one request: longest side in pixels, sentences
+MAX_SIDE, MAX_SENTENCES, MAX_CHARACTERS = 1024, 12, 200  # of one request: pixels, sentences, and of each sentence
+MAX_FILE_SIZE, KEEP_FILES = "20mb", 3600  # of an upload; seconds
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 EXAMPLES = (2, 10, 23)  # scenes with sentences of one target, of several, and of none
-SPACE_FILES = ("demo/app.py", "demo/scenes.py", "demo/sentences.py")
+SPACE_FILES = ("demo/app.py", "demo/cards.py", "demo/scenes.py", "demo/sentences.py")
 SPACE_FILES += ("grefcoco_data/__init__.py", "grefcoco_data/arguments.py")
-SPACE_REQUIREMENTS = "numpy\npillow\npycocotools\ntorch>=2.11\ntqdm\ntransformers>=5.17\n"
-SPACE_APP = 'from demo.app import main\n\nraise SystemExit(main(["--model", "{model}"]))\n'
+SPACE_REQUIREMENTS = "numpy\npillow\npycocotools\ntorch>=2.11\ntqdm\ntransformers>=5.18\n"
+SPACE_APP = 'from demo.app import main\n\nraise SystemExit(main(["--model", "{model}", "--trust-remote-code"]))\n'
 SPACE_CARD = """---
 title: What does the sentence mean?
 emoji: 🔎
@@ -54,22 +56,10 @@ This page marks the objects that a sentence refers to in a picture: one, several
 CSS = """
 .gradio-container {width: 100%; max-width: 1120px !important; margin: 0 auto !important}
 .introduction h1 {font-size: 1.75rem; font-weight: 650; margin: .5rem 0 .25rem}
-.introduction p {color: var(--body-text-color-subdued); max-width: 62ch}
-.cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem}
-.card {margin: 0; border: 1px solid var(--border-color-primary); border-radius: 12px; overflow: hidden;
-  background: var(--block-background-fill)}
-.card img {display: block; width: 100%; max-height: 22rem; object-fit: contain; margin: 0}
-.card figcaption {padding: .75rem .9rem 1rem; border-top: 4px solid var(--ink)}
-.card.none figcaption {border-top-color: var(--border-color-primary)}
-.card p {margin: 0; overflow-wrap: anywhere}
-.card .sentence {font-weight: 600; margin-bottom: .35rem}
-.card .score {font-size: .85rem; color: var(--body-text-color-subdued); margin-top: .6rem}
-.meter {position: relative; height: 6px; margin-top: .4rem; border-radius: 3px;
-  background: var(--border-color-primary)}
-.meter i {position: absolute; inset: 0 auto 0 0; border-radius: 3px; background: var(--body-text-color-subdued)}
-.meter b {position: absolute; top: -4px; width: 2px; height: 14px; background: var(--body-text-color)}
-.empty {padding: 3rem 1rem; text-align: center; color: var(--body-text-color-subdued);
-  border: 1px dashed var(--body-text-color-subdued); border-radius: 12px}
+.introduction p {color: var(--body-text-color-subdued); max-width: 62ch; margin: .25rem 0}
+.introduction .model {font-size: .9rem; overflow-wrap: anywhere}
+.introduction summary {cursor: pointer}
+#result, #result .html-container {padding: 0 !important; scroll-margin-top: 1rem}
 #examples button:focus-visible {outline: 3px solid var(--color-accent); outline-offset: 2px}
 """
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"]).set(
@@ -88,62 +78,111 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"]).set(
 )
 LABEL_EXAMPLES = """() => document.querySelectorAll("#examples button").forEach(
   (button, index) => button.setAttribute("aria-label", `Example ${index + 1}`))"""  # for screen readers
-LAUNCH_OPTIONS = {"css": CSS, "theme": THEME, "footer_links": []}
+ESCAPE = """() => document.addEventListener("keydown", event => {
+  if (event.key === "Escape") document.querySelectorAll(".zoomed").forEach(card => card.classList.remove("zoomed"))
+})"""
+SCROLL = """() => { const result = document.querySelector("#result"), top = result.getBoundingClientRect().top
+  if (top > innerHeight / 2 || top < 0) result.scrollIntoView({block: "start", behavior: "smooth"}) }"""
+SHOW = """shown => { for (const layer of ["masks", "boxes"])
+  document.body.classList.toggle("hide-" + layer, !shown.includes(layer)) }"""
+LAUNCH_OPTIONS = {
+    "css": CSS + result_cards.CSS,
+    "theme": THEME,
+    "footer_links": ["api"],
+    "max_file_size": MAX_FILE_SIZE,
+    "state_session_capacity": 200,  # sessions whose cards stay in memory
+}
 TITLE = "What does the sentence mean?"
 INTRODUCTION = (
     f"<h1>{TITLE}</h1><p>A sentence can refer to one object, to several, or to none. "
     "The model marks the objects of each sentence in the picture, or answers that there are none.</p>"
 )
+NO_DATA = "its card does not name its training data"
 EMPTY_RESULT = '<p class="empty">Choose a picture, write one or more sentences, and press Find.</p>'
+BUSY_RESULT = '<p class="empty">The model looks for the targets …</p>'
 
 
-@dataclass(frozen=True)
-class SentenceCard:
-    """The answer for one sentence, with the pictures as data URLs."""
+def make_page(segment: Pipeline, about: str = "") -> gr.Blocks:
+    """Make the page for a referring-segmentation pipeline; `about` is HTML that describes the model."""
 
-    sentence: str
-    marked_url: str  # the picture with mask and boxes
-    plain_url: str  # the picture alone
-    mask_share: float  # fraction of the pixels, 0..1
-    no_target_score: float  # probability, 0..1
-    colour: tuple[int, int, int]
-    num_boxes: int | None = None  # None: the model gives no boxes
-
-
-def make_page(segment: Pipeline) -> gr.Blocks:
-    """Make the page for a referring-segmentation pipeline."""
-
-    def find(picture: Image.Image | None, text: str, threshold: float) -> tuple[list[SentenceCard], str]:
+    def find(
+        picture: Image.Image | None, text: str, threshold: float
+    ) -> tuple[list[SentenceCard], str, list[dict[str, object]]]:
         cards = run_model(segment, picture, text)
-        return cards, cards_html(cards, threshold)
+        return cards, cards_html(cards, threshold), [card.answer for card in cards]
 
     examples = [make_example(index) for index in EXAMPLES]
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)) as page:
         cards = gr.State([])
-        gr.HTML(INTRODUCTION, elem_classes="introduction")
+        gr.HTML(INTRODUCTION + about, elem_classes="introduction")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = add_picture_input()
                 gallery = add_gallery([scene for scene, _ in examples])
                 text = add_sentence_input()
                 button = gr.Button("Find", variant="primary", elem_id="find")
+                shown = add_layer_choice()
                 threshold = add_threshold_slider(segment.processor.no_target_threshold)
             with gr.Column(scale=3, min_width=300):
                 result = gr.HTML(EMPTY_RESULT, elem_id="result")
+                answers = gr.JSON(visible=False)  # what the API gives
         page.load(None, js=LABEL_EXAMPLES)
-        event = {"fn": find, "inputs": [picture, text, threshold], "outputs": [cards, result]}
-        gr.on([button.click, text.submit], **event, show_progress_on=result)
-        gallery.click(examples.__getitem__, gallery, [picture, text]).success(**event, show_progress_on=result)
-        threshold.change(cards_html, [cards, threshold], result, show_progress="hidden", queue=False)
+        page.load(None, js=ESCAPE)
+
+        def add_search(start: Callable[..., gr.events.Dependency], visibility: str = "private") -> None:
+            """Let an event start a search; the button is off and the old cards are gone until it ends."""
+            started = start(begin, None, [button, cards, result], **SILENT)
+            search = started.then(
+                find,
+                [picture, text, threshold],
+                [cards, result, answers],
+                show_progress_on=result,
+                api_name="find",
+                api_visibility=visibility,
+            )
+            search.failure(lambda: (ready(), *clear()), None, [button, cards, result], **SILENT)
+            search.success(ready, None, button, js=SCROLL, **SILENT)
+
+        add_search(button.click, "public")
+        add_search(text.submit)
+        chosen = gallery.click(examples.__getitem__, gallery, [picture, text], api_visibility="private")
+        add_search(chosen.success)
+        unreadable = picture.upload(lambda picture: clear(), picture, [cards, result], **{**SILENT, "queue": True})
+        unreadable.failure(lambda: (None, *clear()), None, [picture, cards, result], **SILENT)
+        picture.clear(clear, None, [cards, result], **SILENT)
+        threshold.change(cards_html, [cards, threshold], result, **SILENT)
+        shown.change(None, shown, None, js=SHOW)
     return page
 
 
+SILENT = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+
+
+def begin() -> tuple[gr.Button, list[SentenceCard], str]:
+    """The page while the model runs."""
+    return gr.Button("Finding …", interactive=False), [], BUSY_RESULT
+
+
+def ready() -> gr.Button:
+    """The button after a search."""
+    return gr.Button("Find", interactive=True)
+
+
+def clear() -> tuple[list[SentenceCard], str]:
+    """The result before a search."""
+    return [], EMPTY_RESULT
+
+
+def cards_html(cards: Sequence[SentenceCard], threshold: float) -> str:
+    """Return the cards as HTML, or how to begin."""
+    return result_cards.cards_html(cards, threshold) if cards else EMPTY_RESULT
+
+
 def add_picture_input() -> gr.Image:
-    """Add the input of the picture; it becomes empty if a file cannot be read."""
+    """Add the input of the picture; a file that cannot be read gives a message."""
     picture = gr.Image(type="pil", sources=["upload", "clipboard"], label="Picture", height=300, elem_id="picture")
     # Changed on this instance: for a subclass, Gradio writes a stub file next to the source.
     picture.preprocess = read_with_message(picture.preprocess)
-    picture.upload(lambda picture: None, picture, None).failure(lambda: None, None, picture)
     return picture
 
 
@@ -164,8 +203,14 @@ def add_sentence_input() -> gr.Textbox:
         placeholder="all red circles\nthe square on the left",
         lines=3,
         max_lines=MAX_SENTENCES,
+        max_length=MAX_SENTENCES * (MAX_CHARACTERS + 1),
         elem_id="sentences",
     )
+
+
+def add_layer_choice() -> gr.CheckboxGroup:
+    choices = [("Masks", "masks"), ("Boxes", "boxes")]
+    return gr.CheckboxGroup(choices, value=["masks", "boxes"], label="Show", elem_id="layers")
 
 
 def add_threshold_slider(no_target_threshold: float) -> gr.Slider:
@@ -189,9 +234,9 @@ def read_with_message(
         try:
             return read(payload)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            name = payload.orig_name or "This file"
+            name = html.escape((payload.orig_name or "This file")[-80:])  # messages are HTML
             message = f"{name} cannot be read as a picture. Try a JPEG, PNG or WebP file."
-            raise gr.Error(message, print_exception=False) from error
+            raise refusal("No picture in this file", message) from error
 
     return preprocess
 
@@ -200,99 +245,91 @@ def run_model(segment: Pipeline, picture: Image.Image | None, text: str) -> list
     """Run the model once for a picture and the sentences in `text`, one per line.
 
     Raises:
-        gr.Error: no picture, no sentence, or more than `MAX_SENTENCES` sentences. The page shows the message.
+        gr.Error: no picture, no sentence, or sentences beyond the limits. The page shows the message.
     """
-    sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if picture is None:
-        raise gr.Error("Choose a picture or an example first.", title="No picture", print_exception=False)
-    if not sentences:
-        raise gr.Error("Write at least one sentence, one per line.", title="No sentence", print_exception=False)
-    if len(sentences) > MAX_SENTENCES:
-        message = f"You wrote {len(sentences)} sentences. The maximum is {MAX_SENTENCES}."
-        raise gr.Error(message, title="Too many sentences", print_exception=False)
+        raise refusal("No picture", "Choose a picture or an example first.")
+    sentences = read_sentences(text)
     picture = picture.convert("RGB")
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     plain_url = data_url(picture)
-    answers = segment(picture, text=sentences)
+    answers = segment(picture, text=sentences, return_rle=True)
     return [
-        make_card(picture, plain_url, answer, COLOURS[index % len(COLOURS)]) for index, answer in enumerate(answers)
+        make_card(picture, plain_url, answer, COLOURS[i % len(COLOURS)], unknown_words(segment, answer["sentence"]))
+        for i, answer in enumerate(answers)
     ]
 
 
-def make_card(
-    picture: Image.Image, plain_url: str, answer: dict[str, object], colour: tuple[int, int, int]
-) -> SentenceCard:
-    """Make the card of one answer of the pipeline."""
-    mask = np.asarray(answer["mask"])
-    boxes = np.asarray(answer["boxes"]).tolist() if "boxes" in answer else None
-    return SentenceCard(
-        sentence=answer["sentence"],
-        marked_url=data_url(draw_boxes(draw_mask(picture, mask, colour), boxes or (), colour)),
-        plain_url=plain_url,
-        mask_share=float(mask.mean()),
-        no_target_score=answer["no_target_score"],
-        colour=colour,
-        num_boxes=None if boxes is None else len(boxes),
-    )
+def refusal(title: str, message: str) -> gr.Error:
+    """A message on the page; the message repeats the title, which Gradio's browser part does not show."""
+    return gr.Error(f"<b>{title}.</b> {message}", title=title, print_exception=False)
 
 
-def draw_mask(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """Return the picture with the mask (height, width) bool in colour, an outline, and the rest darker."""
-    pixels = np.asarray(picture, np.float32)
-    grey = pixels.mean(2, keepdims=True)
-    marked = np.where(mask[..., None], 0.6 * pixels + 0.4 * np.float32(colour), 0.45 * grey + 0.25 * pixels)
-    line = max(1, max(picture.size) // 250)
-    inner, outer = dilate(mask, line), dilate(mask, 2 * line)
-    marked[outer & ~inner] = 255
-    marked[inner & ~mask] = colour
-    return Image.fromarray(marked.astype(np.uint8))
+def read_sentences(text: str) -> list[str]:
+    """The sentences in `text`, one per line.
+
+    Raises:
+        gr.Error: see `run_model`.
+    """
+    too_long = f"Write at most {MAX_SENTENCES} sentences of at most {MAX_CHARACTERS} characters."
+    if len(text) > 2 * MAX_SENTENCES * MAX_CHARACTERS:  # before any work on it
+        raise refusal("Too much text", too_long)
+    sentences = [line.strip() for line in text.splitlines() if line.strip()]
+    if not sentences:
+        raise refusal("No sentence", "Write at least one sentence, one per line.")
+    if len(sentences) > MAX_SENTENCES:
+        message = f"You wrote {len(sentences)} sentences. The maximum is {MAX_SENTENCES}."
+        raise refusal("Too many sentences", message)
+    if max(map(len, sentences)) > MAX_CHARACTERS:
+        raise refusal("A sentence is too long", too_long)
+    return sentences
 
 
-def draw_boxes(picture: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[int, int, int]) -> Image.Image:
-    """Draw boxes (xyxy, pixels) on the picture, in place: a coloured line between two white lines."""
-    pen, line = ImageDraw.Draw(picture), max(1, max(picture.size) // 250)
-    for box in boxes:
-        x0, y0, x1, y1 = map(round, box)
-        for inset, ink, width in ((0, (255, 255, 255), 3 * line), (line, colour, line)):
-            if x1 - x0 > 2 * inset and y1 - y0 > 2 * inset:
-                pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=ink, width=width)
-    return picture
+def unknown_words(segment: Pipeline, sentence: str) -> tuple[str, ...]:
+    """The words of a sentence that the model's tokenizer does not know."""
+    tokenizer = getattr(segment.processor, "tokenizer", None)
+    if tokenizer is None:
+        return ()
+    unknown = unknown_id(tokenizer)
+    words = []
+    for word in dict.fromkeys(re.findall(r"\w+", sentence)):
+        pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if unknown in pieces or len(pieces) == len(word) > 2:  # spelled letter by letter
+            words.append(word)
+    return tuple(words)
 
 
-def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """Extend the mask by `pixels` in each direction."""
-    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a word that is not in the vocabulary; word vectors have none, and use the one after the last."""
+    return tokenizer.vocab_size if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
 
-def data_url(picture: Image.Image) -> str:
-    """Encode the picture as a WebP data URL."""
-    buffer = BytesIO()
-    picture.save(buffer, "WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+def describe(segment: Pipeline, name: str) -> str:
+    """What the model is, what it was trained on and which words it knows, as HTML."""
+    tokenizer, config = segment.processor.tokenizer, segment.model.config
+    shown = "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name  # not the folders of the server
+    words = sorted(word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha())
+    parts = [
+        f"Model: <b>{html.escape(shown)}</b> ({html.escape(config.model_type)}, "
+        f"{segment.model.num_parameters() / 1e6:.1f} million parameters), {trained_on(name)}."
+    ]
+    if len(words) < 500:
+        listed = html.escape(", ".join(words))
+        parts.append(f"<details><summary>It knows {len(words)} words only.</summary>{listed}</details>")
+    else:
+        parts.append(f"Its vocabulary has {tokenizer.vocab_size:,} entries.")
+    return f'<div class="model"><p>{" ".join(parts)}</p></div>'
 
 
-def cards_html(cards: Sequence[SentenceCard], threshold: float) -> str:
-    """Return the cards as HTML; `threshold` (0..1) decides which sentences have no target."""
-    if not cards:
-        return EMPTY_RESULT
-    return f'<div class="cards" aria-live="polite">{"".join(card_html(card, threshold) for card in cards)}</div>'
-
-
-def card_html(card: SentenceCard, threshold: float) -> str:
-    """Return one card as HTML: picture, decision, and a bar of the no-target probability with the threshold."""
-    sentence, no_target, score = html.escape(card.sentence), card.no_target_score > threshold, card.no_target_score
-    boxes = "" if card.num_boxes is None else f", {card.num_boxes} box{'es' * (card.num_boxes != 1)}"
-    verdict = "<b>None here</b>" if no_target else f"<b>Found</b>, {card.mask_share:.1%} of the picture{boxes}"
-    alt = "the picture without marks" if no_target else f"the picture with “{sentence}” marked"
-    label = f"Probability of no target {score:.2f}, threshold {threshold:.2f}"
-    return (
-        f'<figure class="card {"none" if no_target else "found"}" style="--ink: rgb{card.colour}">'
-        f'<img src="{card.plain_url if no_target else card.marked_url}" alt="{alt}"><figcaption>'
-        f'<p class="sentence">{sentence}</p><p class="verdict">{verdict}</p>'
-        f'<p class="score">Probability of no target: {score:.2f}</p>'
-        f'<div class="meter" role="img" aria-label="{label}"><i style="width: {score:.1%}"></i>'
-        f'<b style="left: {threshold:.1%}"></b></div></figcaption></figure>'
-    )
+def trained_on(name: str) -> str:
+    """What the card of a model says about its training data, as HTML."""
+    try:
+        card = ModelCard.load(Path(name) / "README.md" if Path(name).is_dir() else name, ignore_metadata_errors=True)
+    except (OSError, ValueError, HTTPError):
+        return NO_DATA
+    names = card.data.datasets or re.findall("^Trained on `([^`]+)`", card.text, re.MULTILINE)
+    names = [names] if isinstance(names, str) else names
+    return f"trained on {html.escape(', '.join(names))}" if names else NO_DATA
 
 
 def make_example(index: int) -> list[Image.Image | str]:
@@ -317,6 +354,36 @@ def check_model(model: str, for_space: bool) -> None:
         )
 
 
+def load_pipeline(model: str, trust_remote_code: bool) -> Pipeline:
+    """The pipeline of a model of this project by our classes; with consent, by the model's own Python files.
+
+    Raises:
+        ValueError: a model of another project without consent.
+    """
+    if trust_remote_code:
+        return pipeline("referring-segmentation", model, trust_remote_code=True)
+    from modeling.pipeline_referring import ReferringPipeline  # a Space has neither of the two modules
+    from training.families import FAMILIES, load_checkpoint
+
+    model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+    if model_type is None:
+        raise ValueError(f"--model {model} has no config.json that names a model_type. `make demo` trains a model.")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"--model {model} is a {model_type} model, which this project has no classes for. "
+            "--trust-remote-code runs the Python files that come with it."
+        )
+    network, processor = load_checkpoint(model)
+    return ReferringPipeline(model=network, processor=processor)
+
+
+def port_number(text: str) -> int:
+    """A port as argparse reads it."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a port: choose 1 to 65535")
+    return int(text)
+
+
 def push_space(model: str, space: str) -> None:
     """Upload the page as a Space for `model`, a Hub id."""
     root, api = Path(__file__).resolve().parents[1], HfApi()
@@ -334,19 +401,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", default="runs/demo/checkpoint", help="checkpoint folder or Hub id (default runs/demo/checkpoint)"
     )
-    parser.add_argument("--port", type=int, help="port (default: the first free port from 7860)")
+    parser.add_argument("--port", type=port_number, help="port (default: the first free port from 7860)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the page as a Space and exit")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python files of a model that is not of this project"
+    )
     options = parser.parse_args(arguments)
     try:
         check_model(options.model, for_space=bool(options.push_to_hub))
         if options.push_to_hub:
             push_space(options.model, options.push_to_hub)
             return 0
-        segment = pipeline("referring-segmentation", options.model, trust_remote_code=True)
-    except (OSError, ValueError, KeyError, HTTPError) as error:
+        segment = load_pipeline(options.model, options.trust_remote_code)
+        make_page(segment, describe(segment, options.model)).launch(server_port=options.port, **LAUNCH_OPTIONS)
+    except (OSError, ValueError, KeyError, RuntimeError, HTTPError, SafetensorError) as error:
         print(f"demo/app.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    make_page(segment).launch(server_port=options.port, **LAUNCH_OPTIONS)
     return 0
 
 

@@ -141,5 +141,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Force everything to disk; files get the folder's permissions (safetensors writes for the owner alone)."""
+    readable = folder.stat().st_mode & 0o666
     for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            path.chmod(readable)
         sync(path)

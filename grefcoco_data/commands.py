@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--split", help="default: the first one")
     add.add_argument("--id", type=int, action="append", help="sentence id; can be repeated")
     add.add_argument("--targets", type=int, help="only sentences with this number of targets")
-    add.add_argument("--limit", type=int, default=20, help="most sentences to show")
+    add.add_argument("--text", help="only sentences that hold this text")
+    add.add_argument("--limit", type=int, default=20, help="most sentences to show, drawn at random")
+    add.add_argument("--seed", type=int, default=0, help="seed of the random sample")
     _finish(add, _show)
     add = commands.add_parser("export", help="COCO-style JSON files, one per split")
     add.add_argument("source", help=source)
@@ -194,22 +196,32 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    if options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}; it must be 1 or more.")
     splits = load(options.source, images=options.images, config=options.config)
     split = options.split or next(iter(splits))
     if split not in splits:
         raise ValueError(f"{options.source} has no split {split!r}; choose one of {', '.join(splits)}.")
-    index = splits[split].with_format(None).select_columns(["sent_id", "ann_ids"])
-    chosen = (
-        number
-        for number, row in enumerate(index)
-        if (not options.id or row["sent_id"] in options.id) and options.targets in (None, len(row["ann_ids"]))
-    )
-    numbers = list(islice(chosen, options.limit))
-    if not numbers:
-        raise ValueError(f"No sentence of {split} fits --id and --targets.")
-    page = write_samples_page(splits[split].__getitems__(numbers), Path(options.out), split)
+    index = splits[split].with_format(None).select_columns(["sent_id", "ann_ids", "sentence"])
+    fitting = [number for number, row in enumerate(index) if _is_shown(row, options)]
+    if not fitting:
+        raise ValueError(f"No sentence of {split} fits --id, --targets and --text.")
+    numbers = sorted(random.Random(options.seed).sample(fitting, min(options.limit, len(fitting))))
+    title = f"{COLLECTIONS[options.config].title}, {split}"
+    subtitle = f"{len(numbers):,} of {len(fitting):,} sentences, seed {options.seed}"
+    rows = splits[split].__getitems__(numbers)
+    page = write_samples_page(rows, Path(options.out), split, title, subtitle)
     print(f"{len(numbers)} sentences of {split} in {page}")
     return 0
+
+
+def _is_shown(row: dict, options: argparse.Namespace) -> bool:
+    """Whether a sentence passes the filters of `show`."""
+    return (
+        (not options.id or row["sent_id"] in options.id)
+        and options.targets in (None, len(row["ann_ids"]))
+        and (options.text or "").lower() in row["sentence"].lower()
+    )
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -280,14 +280,12 @@ def palette_masks(files: FrameFiles, video: Video, height: int, width: int) -> d
 
 
 class FrameFiles:
-    """Files VIDEO/FRAME.jpg of a split in a folder, or in a tar beside it that is read in place."""
+    """Files VIDEO/FRAME.jpg of a split in a folder, or in a tar that is read in place."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder if folder.is_dir() else folder.with_name(f"{folder.name}.tar")
-        if not self.path.exists():
-            raise FileNotFoundError(f"{folder} is missing, and {self.path.name} too; put one of them there.")
-        self.places = {} if folder.is_dir() else _tar_places(self.path)
-        self.file = None if folder.is_dir() else self.path.open("rb", buffering=0)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places = {} if path.is_dir() else _tar_places(path)
+        self.file = None if path.is_dir() else path.open("rb", buffering=0)
 
     def read(self, video_id: str, frame: str, kind: str = "jpg") -> bytes:
         """The bytes of a file. Raises FileNotFoundError when there is none, OSError when it is too large."""
@@ -302,10 +300,21 @@ class FrameFiles:
         raise OSError(f"{size} bytes are too many for an image")
 
 
-@functools.lru_cache(maxsize=4)
 def open_frames(folder: Path) -> FrameFiles:
-    """The frames or masks of a split; the table of contents of a tar is read once."""
-    return FrameFiles(folder)
+    """The frames or masks of a split, in a folder or in the tar beside it, whose table of contents is read once.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = folder if folder.is_dir() else folder.with_name(f"{folder.name}.tar")
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is missing, and {path.name} too; put one of them there.")
+    return _open_frames(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_frames(path: Path, mtime_ns: int) -> FrameFiles:
+    return FrameFiles(path)
 
 
 def _tar_places(path: Path) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from grefcoco_data.annotations import targets
 from grefcoco_data.atomic_files import new_file, write_text
@@ -26,36 +26,47 @@ TARGET_COLOURS = (
     (23, 190, 207),
 )
 SAMPLES_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em; }} img {{ width: 100%; }}
-figure {{ display: inline-block; width: 420px; margin: 0 1em 1em 0; }} figcaption {{ color: #444; }}</style>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>:root {{ color-scheme: light dark; }} body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; }}
+main {{ display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }}
+figure {{ margin: 0; }} img {{ width: 100%; border-radius: 6px; }} figcaption {{ overflow-wrap: anywhere; }}
+small {{ opacity: .75; }}</style>
 <h1>{title}</h1>
+<p>{subtitle}</p>
+<main>
 {figures}
+</main>
 </html>
 """
 
 
-def write_samples_page(rows: list[dict], folder: Path, title: str) -> Path:
+def write_samples_page(rows: list[dict], folder: Path, split: str, title: str, subtitle: str) -> Path:
     """Write a PNG for each expression row (as `load` gives it) and the page `index.html` that shows them."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for row in rows:
-        name = f"{title}-{row['sent_id']}.png"
+        name = f"{split}-{row['sent_id']}.png"
         with new_file(folder / name) as temporary:
             draw_targets(row).save(temporary, format="PNG")
         count = f"{len(row['ann_ids'])} target{'s' * (len(row['ann_ids']) != 1)}"
         caption = f"sentence {row['sent_id']}, ref {row['ref_id']}, image {row['image_id']}, {count}"
         sentence = html.escape(row["sentence"])
         figures.append(
-            f'<figure><img src="{name}" alt="{sentence}"><figcaption>{sentence}<br>{caption}</figcaption></figure>'
+            f'<figure><img src="{name}" alt="{sentence}" loading="lazy">'
+            f"<figcaption>{sentence}<br><small>{caption}</small></figcaption></figure>"
         )
     page = folder / "index.html"
-    write_text(page, SAMPLES_PAGE.format(title=html.escape(title), figures="\n".join(figures)))
+    texts = {"title": html.escape(title), "subtitle": html.escape(subtitle)}
+    write_text(page, SAMPLES_PAGE.format(**texts, figures="\n".join(figures)))
     return page
 
 
 def draw_targets(row: dict) -> Image.Image:
-    """The image of an expression row, dimmed, with the mask and the box of each target in a colour of its own."""
+    """The image of an expression row, dimmed, with the mask and the box of each target in a colour of its own.
+
+    The word "none" is written on an image without targets.
+    """
     pixels = np.asarray(row["image"], dtype=np.float32) * (0.8 if row["masks"] else 0.4)  # (height, width, 3)
     colours = [TARGET_COLOURS[number % len(TARGET_COLOURS)] for number in range(len(row["masks"]))]
     for rle, colour in zip(row["masks"], colours):
@@ -65,6 +76,10 @@ def draw_targets(row: dict) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for (left, top, right, bottom), colour in zip(xywh_to_xyxy(row["boxes"]).tolist(), colours):
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+    if not row["masks"]:
+        font = ImageFont.load_default(max(10, min(picture.size) // 6))
+        middle = (picture.width / 2, picture.height / 2)
+        draw.text(middle, "none", "white", font, anchor="mm", stroke_width=1, stroke_fill="black")
     return picture
 
 
@@ -94,14 +109,16 @@ def draw_statistics(statistics: dict[str, dict[str, np.ndarray]], path: Path) ->
     panels = figure.subplots(1, 3)
     titles = {"targets": "targets", "words": "words", "mask_share": "area of the targets, % of the image"}
     for axes, (name, title) in zip(panels, titles.items()):
-        top = max((columns[name].max(initial=1) for columns in statistics.values()), default=1)
-        bins = np.linspace(0, 100, 26) if name == "mask_share" else np.arange(0, top + 2) - 0.5
+        values = np.concatenate([columns[name] for columns in statistics.values()] or [np.ones(1)])
+        top = np.ceil(np.quantile(values, 0.995)) if len(values) else 1  # the last bin holds the few larger ones
+        bins = np.linspace(0, max(top, 1), 26) if name == "mask_share" else np.arange(0, top + 2) - 0.5
         for split, columns in statistics.items():
             weights = np.full(len(columns[name]), 100 / max(1, len(columns[name])))
             axes.hist(np.minimum(columns[name], bins[-1]), bins, weights=weights, histtype="step", label=split)
         axes.set(xlabel=title, ylabel="% of sentences")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

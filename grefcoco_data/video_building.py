@@ -103,6 +103,7 @@ def build_videos(
         jobs = []
         for split, entries in videos.splits.items():
             source = VideoSource(root, config, split, split in videos.withheld)
+            source.open_files()
             jobs += _shard_jobs(source, entries, staging / "data", skip_bad_videos)
         report = _write_shards(jobs, videos.problems, num_proc)
         if strict and report["problems"]:

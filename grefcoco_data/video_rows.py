@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 
 from grefcoco_data.annotations import Problems
 from grefcoco_data.masks import empty_rle, merge_rles
-from grefcoco_data.mevis import Video, open_frames, open_masks, palette_masks
+from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.pictures import decode_image
 from grefcoco_data.rows import EXPRESSION_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
@@ -64,6 +64,12 @@ class VideoSource:
     split: str
     withheld: bool  # whether its masks are not published
 
+    def open_files(self) -> None:
+        """Read the tables of contents now: processes that are forked later share them."""
+        open_frames(self.root / self.split / "JPEGImages")
+        if not self.withheld and video_collection_of(self.config).masks == "mask_dict":
+            self._mask_file()
+
     def frames_of(self, video: Video) -> tuple[list[bytes], int, int]:
         """The bytes of all frames, and their common width and height; ValueError names a bad one."""
         files = open_frames(self.root / self.split / "JPEGImages")
@@ -93,14 +99,17 @@ class VideoSource:
             return {}
         if video_collection_of(self.config).masks == "palette":
             return palette_masks(open_frames(self.root / self.split / "Annotations"), video, height, width)
+        file = self._mask_file()
+        masks = {anno_id: file.masks(video, anno_id, height, width, problems) for anno_id in video.objects}
+        return {anno_id: column for anno_id, column in masks.items() if column is not None}
+
+    def _mask_file(self) -> MaskFile:
         path = self.root / self.split / "mask_dict.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing, and the sentences of {self.split} have targets; put it there."
             )
-        file = open_masks(path, path.stat().st_mtime_ns)
-        masks = {anno_id: file.masks(video, anno_id, height, width, problems) for anno_id in video.objects}
-        return {anno_id: column for anno_id, column in masks.items() if column is not None}
+        return open_masks(path, path.stat().st_mtime_ns)
 
 
 def video_tables(
@@ -210,18 +219,24 @@ def _arrange(
     stream = videos.select_columns(stored)
     if "image" in columns:
         stream = stream.cast_column("frames", [datasets.Image(decode=False)])
-    return stream.map(_explode, batched=True, batch_size=1, remove_columns=stored, fn_kwargs={"columns": columns})
+    # in two steps: a frame is decoded when its first sentence is read, not all frames of the video
+    stream = stream.map(_split, batched=True, batch_size=1, remove_columns=stored)
+    names = {"remove_columns": ["video", "frame"], "fn_kwargs": {"columns": columns}}
+    return stream.map(_explode, batched=True, batch_size=1, **names)
+
+
+def _split(batch: dict[str, list]) -> dict[str, list]:
+    """Turn one video row, given as a batch of one, into one row per frame."""
+    video = {name: values[0] for name, values in batch.items()}
+    numbers = range(len(video["frame_names"]))
+    return {"video": [video] * len(numbers), "frame": list(numbers)}
 
 
 def _explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
-    """Turn one video row, given as a batch of one, into rows of all frames and sentences; images are decoded once."""
-    video = {name: values[0] for name, values in batch.items()}
-    rows = []
-    for frame in range(len(video["frame_names"])):
-        image = decode_image(video["frames"][frame]) if "image" in columns else None
-        rows += [
-            frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]
-        ]
+    """Turn one frame, given as a batch of one, into one row per sentence; all share the decoded image."""
+    (video,), (frame,) = batch["video"], batch["frame"]
+    image = decode_image(video["frames"][frame]) if "image" in columns else None
+    rows = [frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]]
     return {name: [row[name] for row in rows] for name in columns}
 
 

@@ -56,11 +56,25 @@ def match_costs(costs: torch.Tensor, counts: torch.Tensor) -> Matches:
         the pairs sample by sample, queries ascending.
     """
     finite = costs.cpu().double().nan_to_num(nan=NON_FINITE_COST, posinf=NON_FINITE_COST, neginf=NON_FINITE_COST)
+    return Matches(*_pairs(finite.numpy(), counts.tolist()).to(costs.device))
+
+
+def match_layers(costs: Sequence[torch.Tensor], counts: torch.Tensor) -> list[Matches]:
+    """`match_costs` of each of several layers, with one copy from the device and one to it."""
+    finite = torch.stack(list(costs)).double().nan_to_num(NON_FINITE_COST, NON_FINITE_COST, NON_FINITE_COST)
+    numbers = counts.tolist()
+    pairs = [_pairs(layer, numbers) for layer in finite.cpu().numpy()]
+    moved = torch.cat(pairs, dim=1).to(counts.device, non_blocking=True)
+    return [Matches(*part) for part in moved.split([layer.shape[1] for layer in pairs], dim=1)]
+
+
+def _pairs(costs: np.ndarray, counts: Sequence[int]) -> torch.Tensor:
+    """The samples, queries and targets of the cheapest pairs of (batch, queries, targets): (3, pairs)."""
     parts: list[np.ndarray] = []  # (3, pairs) each
-    for i, (cost, count) in enumerate(zip(finite.numpy(), counts.tolist(), strict=True)):
+    for i, (cost, count) in enumerate(zip(costs, counts, strict=True)):
         queries, targets = assign(cost[:, :count])
         parts.append(np.stack([np.full(len(queries), i), queries, targets]))
-    return Matches(*torch.from_numpy(np.concatenate(parts, axis=1)).to(costs.device))
+    return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
 def assign(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

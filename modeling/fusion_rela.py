@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from .image_index import per_sentence
 
+EPSILON = 1e-5  # added to a variance before the division
 LARGE_MAP = 2**19  # elements of one feature map above which a CPU works map by map
 
 
@@ -79,7 +80,11 @@ def gather_words(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wo
         # and the scale of a channel is multiplied into value before the product over all pixels.
         mean = weights.mean(dim=1, keepdim=True)
         weights, value = weights - mean, value - mean @ value
-        return weights @ (value * _inverse_deviation(weights @ value))
+        # The variance of a channel over the pixels from the covariance of the words' weights, (tokens, tokens): no
+        # product over pixels and channels.
+        covariance = weights.transpose(1, 2) @ weights / weights.shape[1]
+        variance = ((covariance @ value) * value).sum(1, keepdim=True).clamp(min=0)
+        return weights @ (value * (variance + EPSILON).rsqrt())
 
 
 class LanguageGate(nn.Module):
@@ -110,17 +115,12 @@ class LanguageGate(nn.Module):
         return not (self.inner.weight.any() or self.outer.weight.any())
 
 
-def normalize_pixels(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
+def normalize_pixels(x: torch.Tensor) -> torch.Tensor:
     """Instance normalisation without affine of (batch, pixels, channels) over the pixels, in fp32 at least."""
     x = full_precision(x)
     x = x - x.mean(dim=1, keepdim=True)
-    return x * _inverse_deviation(x, epsilon)
-
-
-def _inverse_deviation(x: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
-    """(batch, pixels, channels) of mean 0 over the pixels -> 1 / their standard deviation, (batch, 1, channels)."""
     variance = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
-    return (variance + epsilon).rsqrt()
+    return x * (variance + EPSILON).rsqrt()
 
 
 def one_by_one(maps: torch.Tensor, batch: int) -> bool:

@@ -8,10 +8,12 @@ Labels of B sentences with up to T targets each are a dictionary of tensors:
 - "is_final": (B, T), read with `predict_final` only: 1 where the sentence is about the box, 0 if it is a mention.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from .boxes import Matches, cxcywh_to_xyxy, generalized_iou, match_costs, mean_count
+from .boxes import Matches, cxcywh_to_xyxy, generalized_iou, match_layers, mean_count
 from .configuration_mdetr import MdetrConfig
 
 LayerOutput = dict[str, torch.Tensor]
@@ -56,36 +58,43 @@ def grounding_loss(
     }
     total, all_terms = outputs[-1]["pred_boxes"].new_zeros((), dtype=torch.float32), {}
     num_boxes = mean_count(labels["num_boxes"])
-    for i, output in enumerate(outputs):
-        terms = _terms({name: value.float() for name, value in output.items()}, proj_tokens, labels, num_boxes, config)
+    outputs = [{name: value.float() for name, value in output.items()} for output in outputs]
+    for i, (output, matches) in enumerate(zip(outputs, match(outputs, labels, config), strict=True)):
+        terms = _terms(output, matches, proj_tokens, labels, num_boxes, config)
         total = total + sum(weights[name] * term for name, term in terms.items() if weights[name])
         suffix = "" if i + 1 == len(outputs) else f"_{i}"
         all_terms |= {name + suffix: term for name, term in terms.items()}
     return total, all_terms
 
 
+@torch.compiler.disable  # NumPy, which a compiler would cut into several graphs
 @torch.no_grad()
-def match(output: LayerOutput, labels: Labels, config: MdetrConfig) -> Matches:
-    """The cheapest one-to-one pairs of queries and targets; the `sample` of a match is a sentence."""
+def match(outputs: Sequence[LayerOutput], labels: Labels, config: MdetrConfig) -> list[Matches]:
+    """For each layer the cheapest one-to-one pairs of queries and targets; a match's `sample` is a sentence."""
+    return match_layers([_costs(output, labels, config) for output in outputs], labels["num_boxes"])
+
+
+def _costs(output: LayerOutput, labels: Labels, config: MdetrConfig) -> torch.Tensor:
+    """(B, queries, T) costs of pairing queries and targets."""
     boxes, targets = output["pred_boxes"].float(), labels["boxes"].float()
     agreement = output["logits"].float().softmax(-1) @ labels["positive_map"].float().transpose(1, 2)
-    costs = (
+    return (
         config.box_cost * torch.cdist(boxes, targets, p=1)
         - config.class_cost * agreement
         - config.giou_cost * generalized_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(targets)[:, None])
-    )  # (B, queries, T)
-    return match_costs(costs, labels["num_boxes"])
+    )
 
 
 def _terms(
     output: LayerOutput,
+    matches: Matches,
     proj_tokens: torch.Tensor | None,
     labels: Labels,
     num_boxes: torch.Tensor,
     config: MdetrConfig,
 ) -> dict[str, torch.Tensor]:
     """The unweighted terms of one layer."""
-    sentence, query, target = match(output, labels, config)
+    sentence, query, target = matches
     positive_map = labels["positive_map"][sentence, target].float()  # (pairs, positions)
     boxes, targets = output["pred_boxes"][sentence, query], labels["boxes"][sentence, target].float()
     sums = {
@@ -120,7 +129,7 @@ def _contrast(similarity: torch.Tensor, named: torch.Tensor, dim: int) -> torch.
     """InfoNCE along `dim` of (B, queries, tokens): named pairs' mean similarity against all, padding included."""
     count = named.sum(dim)
     mean_similarity = similarity.masked_fill(~named, 0).sum(dim) / (count + 1e-6)
-    return (similarity.logsumexp(dim) - mean_similarity)[count > 0].sum()
+    return torch.where(count > 0, similarity.logsumexp(dim) - mean_similarity, 0).sum()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .referring_processor import (
     Batch,
     Outputs,
     ReferringProcessor,
+    check_rows,
     check_sizes,
     group_by_image,
     measuring_labels,
@@ -170,6 +171,7 @@ class MdetrCollator:
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         """Batch of `MdetrModel.forward` inputs with `labels`: those of `measuring_labels` and of `loss_mdetr`."""
+        check_rows(rows)
         images, image_index = group_by_image(rows)
         batch = self.processor(
             images=[row["image"] for row in images],

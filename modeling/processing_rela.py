@@ -16,6 +16,7 @@ from .referring_processor import (
     Batch,
     Outputs,
     ReferringProcessor,
+    check_rows,
     check_sizes,
     group_by_image,
     measuring_labels,
@@ -214,6 +215,7 @@ class RelaCollator:
         Raises:
             ValueError: for an object whose category is not among `category_ids`.
         """
+        check_rows(rows)
         images, image_index = group_by_image(rows)
         batch = self.processor(
             images=[row["image"] for row in images],

@@ -15,6 +15,7 @@ from .referring_processor import (
     Batch,
     Outputs,
     ReferringProcessor,
+    check_rows,
     check_sizes,
     group_by_image,
     measuring_labels,
@@ -123,6 +124,7 @@ class VltCollator:
 
         Masks are those of the letterboxed image at half its side; a mask of zeros where a sentence has no target.
         """
+        check_rows(rows)
         images, image_index = group_by_image(rows)
         batch = self.processor(
             images=[row["image"] for row in images],

@@ -260,20 +260,21 @@ def repeat_images(batch: Batch) -> Batch:
     return batch
 
 
-def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
-    """The first row of each picture, and for each row the position of its picture among them.
-
-    Rows share a picture when they have one image id and the same picture object, or equal pixels: image ids of two
-    data sets can be equal, and a user can change the picture of one row.
-
-    Raises:
-        ValueError: for no rows, and for a row without a column that every collator reads.
-    """
+def check_rows(rows: Sequence[dict]) -> None:
+    """Raises ValueError for no rows, and for a row without a column that every collator reads."""
     if not rows:
         raise ValueError("no rows given to the collator: pass expression rows of grefcoco.load")
     for i, row in enumerate(rows):
         if missing := [name for name in NEEDED_COLUMNS if name not in row]:
             raise ValueError(f"row {i} has no column {missing[0]!r}: pass expression rows of grefcoco.load")
+
+
+def group_by_image(rows: Sequence[dict]) -> tuple[list[dict], list[int]]:
+    """The first row of each picture, and for each row the position of its picture among them.
+
+    Rows share a picture when they have one image id and the same picture object, or equal pixels: image ids of two
+    data sets can be equal, and a user can change the picture of one row.
+    """
     first_rows, image_index = [], []
     of_image_id: dict[int, list[int]] = {}  # positions in `first_rows`
     for row in rows:

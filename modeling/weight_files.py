@@ -113,6 +113,8 @@ def write_folder(
         model.eval().save_pretrained(whole)
         processor.save_pretrained(whole)
         (whole / "README.md").write_text(card, encoding="utf-8")
+        for path in whole.iterdir():
+            path.chmod(whole.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         whole.replace(folder)
 
 

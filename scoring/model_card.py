@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -23,14 +24,11 @@ for answer in segment("picture.jpg", text=["the two people on the left", "the re
 """
 DETECTS = """\
 ```python
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import pipeline
 
-model = AutoModel.from_pretrained("{repository}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repository}", trust_remote_code=True)
-image = Image.open("picture.jpg")
-outputs = model(**processor(images=image, text="the two people on the left", return_tensors="pt"))
-print(processor.post_process_referring_detection(outputs, target_sizes=[(image.height, image.width)]))
+detect = pipeline("referring-segmentation", "{repository}", trust_remote_code=True)
+for answer in detect("picture.jpg", text=["the two people on the left", "the red bus"]):
+    print(answer["sentence"], "none" if answer["no_target"] else answer["boxes"].tolist())
 ```
 """
 PRIVATE = ("dataset", "output_dir", "resume_from_checkpoint", "checkpoint")  # folders of the machine it ran on
@@ -68,7 +66,7 @@ def model_card(
             dataset_revision=revision,
             metric_type=metric,
             metric_name=f"{task.upper()} {metric}",
-            metric_value=summary[task][metric],
+            metric_value=round(summary[task][metric], 4),
         )
         for task, metrics in SHOWN.items()
         if task in summary
@@ -76,6 +74,10 @@ def model_card(
     ]
     data = ModelCardData(
         library_name="transformers",
+        license="other",
+        license_name="apache-2.0-code-trained-on-licensed-data",
+        license_link="#licence",
+        base_model=_hub_id(config.get("backbone")),
         pipeline_tag=family.task,
         tags=["referring-expression", "gRefCOCO", *(task.upper() for task in SHOWN if task in summary)],
         datasets=[dataset] if on_hub else None,
@@ -93,10 +95,16 @@ def model_card(
         usage.format(repository=repository),
         *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
         f"Trained on `{data_name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
-        "The code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have their own "
-        "licences: both bind what was trained on them.\n",
+        "## Licence\n\nThe code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have their "
+        "own licences: both bind what was trained on them.\n",
     ]
     return "\n".join(parts)
+
+
+def _hub_id(source: object) -> str | None:
+    """A Hub id as it is; None for a file, a folder or nothing."""
+    is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w-]+", source) and not Path(source).exists()
+    return source if is_id else None
 
 
 def data_revision(dataset: str) -> str:

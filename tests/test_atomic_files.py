@@ -67,6 +67,15 @@ def test_publish_syncs_every_file_and_folder_first(tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"]
 
 
+def test_published_files_have_the_permissions_of_their_folder(tmp_path):
+    staging = staging_folder(tmp_path / "out")
+    staging.chmod(0o750)
+    (staging / "weights").write_text("text")
+    (staging / "weights").chmod(0o600)
+    publish(staging, tmp_path / "out")
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == 0o640
+
+
 def test_the_staging_folder_of_a_killed_process_is_emptied(tmp_path):
     final = tmp_path / "out"
     (staging_folder(final) / "left over").write_text("x")

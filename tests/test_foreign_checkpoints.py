@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from modeling.configuration_rela import RelaConfig
@@ -98,6 +99,17 @@ def test_a_tokenizer_of_its_own_needs_consent(tmp_path: Path) -> None:
 def test_damaged_numbers_in_a_configuration_are_one_error(fields: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         RelaConfig(**fields)
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(tmp_path: Path) -> None:
+    save("rela", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    name = min(weights)
+    del weights[name]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights, {name} first"):
+        load_checkpoint(str(tmp_path / "model"))
 
 
 def test_a_damaged_picture_size_is_one_error(tmp_path: Path) -> None:

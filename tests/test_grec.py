@@ -229,6 +229,20 @@ def test_mmdet_compares_scores_as_float32_and_matches_no_empty_boxes():
     assert not correct([[5, 5, 5, 9]], [5, 5, 5, 9], compat="mmdet")
 
 
+# --- the interface of evaluate
+
+
+def test_sentences_added_one_by_one_and_in_batches_score_as_all_at_once():
+    predictions, references = PREDICTIONS[:40], REFERENCES[:40]
+    expected = METRIC.compute(predictions=predictions, references=references)
+    metric = evaluate.load(str(ROOT / "evaluate" / "grec"))
+    metric.add(prediction=predictions[0], reference=references[0])
+    metric.add_batch(predictions=predictions[1:], references=references[1:])
+    assert metric.compute() == expected
+    with pytest.raises(ValueError, match="2 predictions for 1 references"):
+        metric.add_batch(predictions=predictions[:2], references=references[:1])
+
+
 # --- average precision
 
 

@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -215,7 +216,43 @@ def test_stats_and_show_write_pictures(genuine, built, tmp_path, capsys):
     page = (tmp_path / "show" / "index.html").read_text()
     assert page.count("<figure>") == len(list((tmp_path / "show").glob("*.png"))) > 0 and "2 targets" in page
     assert run("show", built, "--split", "none", "--out", tmp_path / "no") == 2
+    assert run("show", built, "--limit", -1, "--out", tmp_path / "no") == 2
+    assert run("stats", built, "--out", tmp_path / "new" / "folder" / "stats.png") == 0
+    assert (tmp_path / "new" / "folder" / "stats.png").is_file()
     assert run("show", genuine, "--images", genuine / "train2014", "--id", 1, "--out", tmp_path / "no") == 2
+
+
+def test_show_draws_a_sample_by_seed_and_filters(built, tmp_path):
+    def shown(*options):
+        assert run("show", built, "--split", "train", "--out", tmp_path / "show", *options) == 0
+        page = (tmp_path / "show" / "index.html").read_text()
+        return page, re.findall(r'src="(train-\d+\.png)"', page)
+
+    page, everything = shown("--limit", 1000)
+    assert "<h1>gRefCOCO, train</h1>" in page and f"{len(everything)} of {len(everything)} sentences, seed 0" in page
+    samples = [shown("--limit", 3, "--seed", seed)[1] for seed in (0, 0, 1, 2, 3)]
+    assert samples[0] == samples[1] and len({tuple(sample) for sample in samples}) > 1
+    page, chosen = shown("--limit", 1000, "--targets", 0)
+    assert 0 < len(chosen) < len(everything) and page.count(", 0 targets") == len(chosen)
+    sentence = re.search(r'alt="(\w+)', page)[1]
+    page, chosen = shown("--limit", 1000, "--text", sentence.upper())
+    assert chosen and all(sentence in text for text in re.findall(r'alt="([^"]+)"', page))
+
+
+def test_a_picture_without_targets_says_none(genuine):
+    rows = grefcoco.load(genuine, images=genuine / "train2014", split="train")
+    row = next(row for row in rows if not row["boxes"])
+    picture, plain = np.asarray(show.draw_targets(row)), np.asarray(row["image"], np.float32) * 0.4
+    assert (picture > 230).all(-1).any() and np.abs(picture - plain)[0].max() < 1, "letters in the middle alone"
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_unfinished(built, tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("grefcoco_data.atomic_files.sync", full)
+    assert run("export", built, "--out", tmp_path / "export") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list((tmp_path / "export").iterdir())
 
 
 @pytest.mark.parametrize("command", ["stats", "export"])

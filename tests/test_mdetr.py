@@ -175,11 +175,11 @@ def test_generalised_iou_of_known_boxes() -> None:
 def test_diverged_model_has_a_loss_that_is_not_finite(batch: dict) -> None:
     model = tiny_model()
     output = model(**batch)
-    expected = match(output, batch["labels"], tiny_config())
+    expected = match([output], batch["labels"], tiny_config())[0]
     unmatched = next(query for query in range(6) if query not in expected.query[expected.sample == 2])
     boxes = output.pred_boxes.detach().clone()
     boxes[2, unmatched] = torch.nan
-    with_nan = match({**output, "pred_boxes": boxes}, batch["labels"], tiny_config())
+    with_nan = match([{**output, "pred_boxes": boxes}], batch["labels"], tiny_config())[0]
     assert all(torch.equal(*pair) for pair in zip(with_nan, expected)), "what is not finite is matched last"
     torch.nn.init.constant_(model.box_head[4].bias, torch.nan)
     assert not model(**batch).loss.isfinite(), "train.py skips such a step"

@@ -92,7 +92,7 @@ def test_outputs_losses_pairs_and_gradients_equal_the_original(golden: Golden) -
     assert output.loss.item() == pytest.approx(golden.facts["loss"], rel=1e-5)
     terms = {name: term.item() for name, term in output.loss_terms.items()}
     assert terms == pytest.approx(golden.facts["loss_terms"], rel=1e-5)
-    sample, query, target = match(output, golden.inputs["labels"], model.config)
+    sample, query, target = match([output], golden.inputs["labels"], model.config)[0]
     pairs = [[side[sample == b].tolist() for side in (query, target)] for b in range(3)]
     assert pairs == golden.facts["pairs"]
     output.loss.backward()

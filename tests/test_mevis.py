@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from tiny_mevis import GOLDENS, write_mevis
 
 import grefcoco
-from grefcoco_data import mevis
+from grefcoco_data import mevis, video_building
 from grefcoco_data.commands import main
 from grefcoco_data.masks import decode_mask, encode_mask
 from grefcoco_data.video_rows import MAX_FRAMES, merged_masks
@@ -371,3 +371,43 @@ def test_check_finds_damage(genuine, tmp_path, capsys):
 def test_wrong_options_are_named(built, options, fault):
     with pytest.raises(ValueError, match=fault):
         grefcoco.load(built, **options)
+
+
+def test_download_then_build(tmp_path, capsys, monkeypatch):
+    """The files of the Hub, here of a folder; what is there already is not read again."""
+    hub = write_mevis(tmp_path / "hub", ("train", "valid_u", "valid"), "meta_expressions_v2")
+    (hub / "valid/meta_expressions_v2.json").rename(hub / "valid/meta_expressions_v2_release.json")
+    for split in ("train", "valid_u", "valid"):
+        with tarfile.open(hub / split / "JPEGImages.tar", "w") as archive:
+            archive.add(hub / split / "JPEGImages", "JPEGImages")
+    asked = []
+
+    def url_of(repo: str, name: str, repo_type: str, revision: str) -> str:
+        asked.append((repo, name, repo_type, revision))
+        return (hub / name).as_uri()
+
+    monkeypatch.setattr(video_building, "hf_hub_url", url_of)
+    command = ["build", "--config", "mevis_v2", "--annotations", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--download"]) == 0
+    assert {entry[0] for entry in asked} == {"FudanCVL/MeViSv2"} and len(asked) == 8
+    assert "valid: 4 videos, 28 expressions" in capsys.readouterr().out
+    (hub / "train/mask_dict.json").unlink()
+    assert main(["download", "--config", "mevis_v2", "--annotations", str(tmp_path / "a")]) == 0
+    assert main(["download", "--config", "mevis", "--annotations", str(tmp_path / "a")]) == 2
+    assert "No download is known for mevis" in capsys.readouterr().err
+
+
+def test_missing_files_are_named(tmp_path):
+    write_mevis(tmp_path)
+    (tmp_path / "valid_u/mask_dict.json").rename(tmp_path / "masks")
+    with pytest.raises(
+        FileNotFoundError, match=r"mask_dict.json is missing, and the sentences of valid_u have targets"
+    ):
+        grefcoco.build_videos(tmp_path, tmp_path / "out")
+    (tmp_path / "masks").rename(tmp_path / "valid_u/mask_dict.json")
+    (tmp_path / "valid_u/JPEGImages").rename(tmp_path / "frames")
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages is missing, and JPEGImages.tar too"):
+        grefcoco.build_videos(tmp_path, tmp_path / "out")
+    (tmp_path / "valid_u/JPEGImages.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match=r"JPEGImages.tar is not a complete tar"):
+        grefcoco.build_videos(tmp_path, tmp_path / "out")

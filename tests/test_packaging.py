@@ -75,7 +75,7 @@ LOWER = {  # what the modules of each room may import of this repository, beside
     "training": {"grefcoco", "grefcoco_data", "modeling"},
     "scoring": {"grefcoco", "grefcoco_data", "modeling", "training"},
     "train.py": {"grefcoco", "grefcoco_data", "modeling", "training", "scoring"},
-    "demo": {"grefcoco_data"},
+    "demo": {"grefcoco_data", "modeling", "training"},
 }
 ROOMS = {"grefcoco", "grefcoco_data", "modeling", "training", "scoring", "train", "demo", "benchmarks", "tests"}
 

@@ -262,7 +262,8 @@ def test_train_py_names_the_command_for_other_models(dataset, tmp_path, capsys):
     capsys.readouterr()
     assert train_here(*flags, "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "is a grounding-dino model, not one of rela, mdetr: measure it with `python -m scoring predict`" in error
+    assert "is a grounding-dino model, not one of rela, mdetr, vlt" in error
+    assert "measure it with `python -m scoring predict`" in error
 
 
 def test_a_missing_library_is_one_line(dataset, tmp_path, capsys):

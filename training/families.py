@@ -43,14 +43,18 @@ def load_checkpoint(checkpoint: str, trust_remote_code: bool = False) -> tuple[P
         trust_remote_code: run the checkpoint's own Python files for what this project has no class, as a tokenizer.
 
     Raises:
-        ValueError: a model of another project.
+        ValueError: a model of another project, or one whose weights are not whole.
     """
     if (model_type := model_type_of(checkpoint)) not in FAMILIES:
         raise ValueError(
             f"{checkpoint} is a {model_type} model, not one of {', '.join(FAMILIES)}: "
             "measure it with `python -m scoring predict` and `python -m scoring score`"
         )
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    model, loaded = AutoModel.from_pretrained(
+        checkpoint, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    if missing := sorted(loaded["missing_keys"]):  # from_pretrained makes up random ones
+        raise ValueError(f"{checkpoint} lacks {len(missing)} weights, {missing[0]} first: it is damaged or older")
     return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
