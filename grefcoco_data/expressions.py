@@ -39,7 +39,8 @@ def expression_table(images: pa.Table, columns: Sequence[str]) -> pa.Table:
         ValueError: the image rows contradict themselves; names the image.
     """
     sentences, schema = _Sentences(images), expression_features(columns).arrow_schema
-    arrays = [sentences.column(name).cast(kind) for name, kind in zip(columns, schema.types)]
+    arrays = (sentences.column(name) for name in columns)
+    arrays = [array if array.type == kind else array.cast(kind) for array, kind in zip(arrays, schema.types)]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -238,6 +239,7 @@ class _Sentences:
                 merged.append(merge_rles(targets, crowd[list(places)], height, width)["counts"])
             chosen[row] = number_of[key]
         every = pa.concat_arrays([counts, pa.array(merged, pa.string())])
+        del merged, number_of, positions, stops
         flat = pa.array(self.sizes[self.image_of_sentence].astype(np.int32).ravel())
         arrays = [list_column(flat, [2] * len(sizes)), every.take(pa.array(chosen))]
         return pa.StructArray.from_arrays(arrays, names=["size", "counts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import grefcoco
 from grefcoco_data.masks import _decoded_counts, encode_mask, rle_covers_image
@@ -90,6 +92,27 @@ def test_annotation_ids_can_be_unique_per_image_only(built):
     for streaming in (False, True):
         rows = list(grefcoco.load(built, split="val", streaming=streaming))
         assert [{**row, "ann_ids": None} for row in without_image(rows)] == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_orientation_tag_turns_neither_rows_nor_what_processors_make_of_them(built, streaming):
+    def add_tag(rows: list[dict]) -> None:
+        for row in rows:
+            image, file = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"), io.BytesIO()
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(file, format="PNG", exif=exif)
+            row["image"]["bytes"] = file.getvalue()
+
+    change_rows(built, add_tag)
+    row = next(iter(grefcoco.load(built, split="val", streaming=streaming)))
+    assert row["image"].size == (WIDTH, HEIGHT)
+    for name in ("rela", "mdetr", "vlt"):
+        module = pytest.importorskip(f"modeling.image_processing_{name}")
+        processor = getattr(module, f"{name.capitalize()}ImageProcessor")()
+        plain = Image.fromarray(np.asarray(row["image"]))
+        pixels = [processor(image, return_tensors="np")["pixel_values"] for image in (row["image"], plain)]
+        assert np.array_equal(*pixels)
 
 
 def without_image(rows: list[dict]) -> list[dict]:
