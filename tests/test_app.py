@@ -123,7 +123,13 @@ def test_the_page_names_the_model_its_training_and_its_words(segment: "CountingP
         "---\ntags: []\n---\n# m\n\nTrained on `easy`, revision `1`, with this recipe:\n"
     )
     text = app.describe(segment, str(tmp_path))
-    assert str(tmp_path) not in text and tmp_path.name in text and "(rela, " in text and "trained on easy." in text and "elephant" not in text
+    assert (
+        str(tmp_path) not in text
+        and tmp_path.name in text
+        and "(rela, " in text
+        and "trained on easy." in text
+        and "elephant" not in text
+    )
     assert "It knows 12 words only" in text and "squares" in text
     assert "does not name its training data" in app.describe(segment, str(tmp_path / "none"))
 
