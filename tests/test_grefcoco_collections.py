@@ -137,7 +137,8 @@ def test_genuine_files_of_another_collection_are_not_found(tmp_path):
         (1000, "1K<n<10K"),
         (19_994, "10K<n<100K"),
         (999_999, "100K<n<1M"),
-        (1_000_000, "n>1M"),
+        (1_000_000, "1M<n<10M"),
+        (10_000_000, "n>10M"),
     ],
 )
 def test_size_categories_are_those_of_the_hub(rows, category):
