@@ -220,11 +220,20 @@ def write_shard(job: ShardJob) -> tuple[dict[str, int], str, Problems]:
     return counts, sha256(job.path), problems
 
 
+def size_category(rows: int) -> str:
+    """The Hub's name for a number of rows, such as 10K<n<100K."""
+    limits = [("1K", 1000), ("10K", 10_000), ("100K", 100_000), ("1M", 1_000_000), ("10M", 10_000_000)]
+    lower = [name for name, limit in limits if rows >= limit]
+    upper = [name for name, limit in limits if rows < limit]
+    return f"{lower[-1]}<n<{upper[0]}" if lower and upper else f"n<{upper[0]}" if upper else f"n>{lower[-1]}"
+
+
 def write_card(folder: Path, config: str, report: dict) -> None:
     """Write README.md: the template `dataset_card.md`, filled in, and the YAML that `load_dataset` reads."""
     splits, collection = report["splits"], collection_of(config)
     card = DatasetCard.load(_card_template())
     card.data.pretty_name = collection.title
+    card.data.size_categories = [size_category(sum(counts["images"] for counts in splits.values()))]
     card.data.license = collection.licence or "unknown"
     card.data.tags = list(collection.tags)
     card.data.source_datasets = [collection.source_dataset]

@@ -95,8 +95,9 @@ def model_card(
         usage.format(repository=repository),
         *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
         f"Trained on `{data_name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
-        "## Licence\n\nThe code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have "
-        "their own licences: both bind what was trained on them.\n",
+        "## Licence\n",
+        "The code is Apache-2.0. The annotations of gRefCOCO are CC BY-NC-SA 4.0 and COCO's images have their own "
+        "licences: both bind what was trained on them.\n",
     ]
     return "\n".join(parts)
 

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard
 from pycocotools import mask as coco_mask
 
 import grefcoco
+from grefcoco_data.building import size_category
 from grefcoco_data.collections import COLLECTIONS, COUNTED
 from grefcoco_data.commands import main
 from tests.tiny_grefcoco import write_family, write_genuine
@@ -35,6 +36,7 @@ def build(tmp_path: Path, config: str) -> DatasetCard:
 @pytest.mark.parametrize("config", COLLECTIONS)
 def test_every_collection_builds_with_its_own_card(tmp_path, config):
     collection, card = COLLECTIONS[config], build(tmp_path, config)
+    assert card.data.size_categories == ["n<1K"]
     assert card.data.pretty_name == collection.title and card.data.license == (collection.licence or "unknown")
     assert card.data.source_datasets == [collection.source_dataset]
     for fact in (f"# {collection.title}, configuration `{config}`", collection.homepage, collection.citation):
@@ -125,3 +127,19 @@ def test_card_template_is_valid_without_a_build():
 def test_genuine_files_of_another_collection_are_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"refs\(unc\)\.json"):
         grefcoco.load(write_genuine(tmp_path / "set"), images=tmp_path, config="refcoco_unc")
+
+
+@pytest.mark.parametrize(
+    ("rows", "category"),
+    [
+        (0, "n<1K"),
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (19_994, "10K<n<100K"),
+        (999_999, "100K<n<1M"),
+        (1_000_000, "1M<n<10M"),
+        (10_000_000, "n>10M"),
+    ],
+)
+def test_size_categories_are_those_of_the_hub(rows, category):
+    assert size_category(rows) == category
