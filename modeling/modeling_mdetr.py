@@ -135,7 +135,7 @@ class MdetrModel(MdetrPreTrainedModel):
                 another number of positions.
         """
         refuse_data_parallel(self)
-        check_image_index(len(input_ids), len(pixel_values), image_index)
+        check_image_index(input_ids.shape[0], pixel_values.shape[0], image_index)
         image = self._encode_image(pixel_values, pixel_mask)
         pixels, mask, position = (per_sentence(x, image_index) for x in image)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

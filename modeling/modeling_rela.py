@@ -179,7 +179,7 @@ class RelaModel(RelaPreTrainedModel):
         refuse_data_parallel(self)
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
-        check_image_index(len(input_ids), len(pixel_values), image_index)
+        check_image_index(input_ids.shape[0], pixel_values.shape[0], image_index)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         dtype = _dtype(self.vision_encoder)
