@@ -154,7 +154,8 @@ def write_videos_page(samples: list[tuple[dict, dict]], folder: Path, title: str
             f'<figure><img src="{name}" alt="{sentence}"><figcaption>{sentence}<br>{caption}</figcaption></figure>'
         )
     page = folder / "index.html"
-    write_text(page, SAMPLES_PAGE.format(title=html.escape(title), figures="\n".join(figures)))
+    texts = {"title": html.escape(title), "subtitle": f"{len(samples):,} sentences"}
+    write_text(page, SAMPLES_PAGE.format(**texts, figures="\n".join(figures)))
     return page
 
 

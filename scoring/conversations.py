@@ -34,10 +34,8 @@ def messages(
     named(grammar)
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(conversation, fn_kwargs={"grammar": grammar}, remove_columns=list(EXPRESSION_FEATURES))
-    decode = rows.format["format_kwargs"]["transform"]
 
-    def converse(index: dict[str, list]) -> dict[str, list]:
-        batch = decode(index)
+    def converse(batch: dict[str, list]) -> dict[str, list]:
         converted = [conversation(dict(zip(batch, values)), grammar) for values in zip(*batch.values())]
         return {name: [row[name] for row in converted] for name in converted[0]}
 

@@ -321,6 +321,20 @@ def find_sentences(tab: object, *sentences: str) -> list[str]:
     return [card.query_selector_all("img")[-1].get_attribute("src") for card in tab.query_selector_all(".card")]
 
 
+def card_boxes(tab: object) -> list[dict]:
+    """The boxes of the cards at one moment, once their layout is settled; the page may still scroll."""
+    measure = "all => all.map(card => card.getBoundingClientRect().toJSON())"
+    before: list[float] = []
+    for _ in range(50):
+        boxes = tab.eval_on_selector_all(".card", measure)
+        offsets = [box["y"] - boxes[0]["y"] for box in boxes]
+        if offsets == before:
+            break
+        before = offsets
+        tab.wait_for_timeout(100)
+    return boxes
+
+
 def picture_of(url: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(url.partition(",")[2])))
 
@@ -395,8 +409,7 @@ def test_page_fits_the_screen(tab: object, scene: Path, width: int) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     clipped = "element => element.scrollWidth > element.clientWidth"
     assert not any(tab.eval_on_selector_all(".card p", f"all => all.map({clipped})")), "a long word is cut off"
-    measure = "all => all.map(card => card.getBoundingClientRect().toJSON())"
-    boxes = tab.eval_on_selector_all(".card", measure)  # at one moment: the page may still scroll
+    boxes = card_boxes(tab)
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "cards are side by side only on a wide screen"
 
