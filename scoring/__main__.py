@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--ap", metavar="BACKEND", help="add COCO AP of the boxes by pycocotools or hotcoco")
     add.add_argument("--details", action="store_true", help="score groups of sentences too")
     add.add_argument("--bootstrap", type=int, default=0, metavar="N", help="resamples for confidence intervals")
+    add.add_argument(
+        "--save-threshold",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="save the chosen no-target threshold in a model folder",
+    )
     add.add_argument("--curve", type=Path, metavar="PNG", help="draw the operating curve of the threshold")
     add.add_argument("--table", type=Path, metavar="CSV", help="write one line a sentence")
     add.add_argument("--out", type=Path, metavar="JSON", help="write the scores to a file too")
@@ -183,6 +189,10 @@ def _score(options: argparse.Namespace) -> None:
     if options.threshold_from:
         held_out = _measure(options, options.threshold_from, options.threshold_split)
         thresholds |= {name: part.choose_threshold() for name, part in held_out.tasks().items()}
+    if options.save_threshold and thresholds["gres"] is None:
+        raise ValueError(f"{options.threshold_from} has no masks, so no no-target threshold was chosen to save")
+    if options.save_threshold:
+        save_threshold(options.save_threshold, thresholds["gres"].value)
     result = {}
     tasks = measurement.tasks()
     for name, accumulator in tasks.items():
@@ -211,6 +221,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--threshold-from and --threshold-split belong together")
     if options.threshold is not None and options.threshold_from:
         raise ValueError("--threshold and --threshold-from exclude each other")
+    if options.save_threshold and not options.threshold_from:
+        raise ValueError("--save-threshold needs --threshold-from, the held-out answers to choose the threshold on")
     if options.compat and options.compat not in {*GRES.modes, *GREC.modes}:
         names = f"GRES has {', '.join(GRES.modes)}; GREC has {', '.join(GREC.modes)}"
         raise ValueError(f"--compat is {options.compat!r}; {names}")
@@ -241,6 +253,19 @@ def _scores(options: argparse.Namespace, accumulator: object, threshold: object,
     if options.bootstrap:
         result["intervals"] = accumulator.intervals(**chosen, resamples=options.bootstrap)
     return result
+
+
+def save_threshold(checkpoint: Path, threshold: float) -> None:
+    """Make `threshold` the `no_target_threshold` of a model folder's processor.
+
+    Raises:
+        ValueError: the folder has no processor of this project.
+    """
+    path = checkpoint / "processor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "no_target_threshold" not in config:
+        raise ValueError(f"{path} has no no_target_threshold; name a model folder that this project wrote")
+    write_text(path, json.dumps({**config, "no_target_threshold": threshold}, indent=2, sort_keys=True) + "\n")
 
 
 def _average_precision(options: argparse.Namespace, measurement: Measurement) -> dict[str, float]:

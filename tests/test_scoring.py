@@ -14,6 +14,7 @@ import grefcoco
 from grefcoco_data.masks import encode_mask
 from modeling.modeling_mdetr import MdetrModel
 from modeling.modeling_rela import RelaModel
+from modeling.processing_rela import RelaProcessor
 from scoring import prediction
 from scoring.__main__ import main
 from scoring.answers import Answer, parse_answer, read_answers
@@ -121,6 +122,27 @@ def test_compat_applies_to_the_task_that_has_it(run, dataset, tmp_path):
     assert code == 0, err
     assert json.loads(out)["gres"]["T_acc"] == 1, "lisa rejects by the mask, not by the probability"
     assert json.loads(out)["grec"]["F1_score"] == 1
+
+
+def test_a_chosen_threshold_is_saved_with_the_model(run, dataset, tmp_path):
+    """The calibrated value becomes the default of all post-processing."""
+    tiny_processor().save_pretrained(tmp_path / "model")
+    answers = write(tmp_path / "val.jsonl", true_masks(dataset, "val"))
+    held_out = write(tmp_path / "train.jsonl", true_masks(dataset, "train"))
+    options = ["score", answers, dataset, "--split", "val", "--save_threshold", tmp_path / "model"]
+    code, _, err = run(*options)
+    assert code == 2 and "--save-threshold needs --threshold-from" in err
+    code, out, err = run(*options, "--threshold-from", held_out, "--threshold-split", "train")
+    assert code == 0, err
+    chosen = json.loads(out)["gres"]["threshold"]
+    processor = RelaProcessor.from_pretrained(tmp_path / "model")
+    assert 0.2 < chosen < 0.9 and processor.no_target_threshold == chosen
+    boxes = write(tmp_path / "boxes.jsonl", true_boxes(dataset, "train"))
+    code, _, err = run(*options, "--threshold-from", boxes, "--threshold-split", "train")
+    assert code == 2 and "has no masks" in err
+    options[-1] = tmp_path
+    code, _, err = run(*options, "--threshold-from", held_out, "--threshold-split", "train")
+    assert code == 2 and "has no no_target_threshold" in err
 
 
 def test_a_threshold_of_the_reported_split_is_refused(run, dataset, tmp_path):
