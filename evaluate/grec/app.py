@@ -12,15 +12,15 @@ PREDICTIONS = [{"boxes": [[0, 0, 9, 9], [5, 5, 8, 8]], "scores": [0.9, 0.2]}, {"
 REFERENCES = [{"boxes": [[0, 0, 10, 9]]}, {"boxes": []}]
 
 
-def score(predictions: str, references: str, iou: str) -> dict[str, float]:
+def score(predictions: str, references: str, compat: str) -> dict[str, float]:
     """Scores of two JSON lists; bad input is shown as the error it is."""
     try:
         return METRIC.compute(
             predictions=json.loads(predictions),
             references=json.loads(references),
-            iou=iou,
+            compat=compat,
             ap="pycocotools",
-            details=True,
+            details=METRIC.modes[compat].batch_size is None,  # means over batches have no groups of sentences
         )
     except (KeyError, TypeError, ValueError) as error:
         raise gr.Error(f"{type(error).__name__}: {error}") from error
@@ -31,7 +31,7 @@ page = gr.Interface(
     [
         gr.Code(json.dumps(PREDICTIONS, indent=1), language="json", label="predictions"),
         gr.Code(json.dumps(REFERENCES, indent=1), language="json", label="references"),
-        gr.Radio(["giou", "iou"], value="giou", label="overlap"),
+        gr.Dropdown(list(METRIC.modes), value="published", label="whose evaluator"),
     ],
     gr.JSON(label="scores"),
     title="GREC",
