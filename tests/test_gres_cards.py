@@ -61,7 +61,7 @@ def test_folder_is_a_space(name):
     assert not imported & {"grefcoco", "modeling", "train"}
 
 
-PAGES = [("gres", "rela", "gIoU"), ("grec", "giou", "F1_score"), ("jf", "published", "J&F")]
+PAGES = [("gres", "rela", "gIoU"), ("grec", "published", "F1_score"), ("jf", "published", "J&F")]
 
 
 @pytest.mark.parametrize(("name", "option", "key"), PAGES)
