@@ -126,7 +126,7 @@ import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from grefcoco_data.building import _end_with_parent
 def work(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # one write: the two workers share the pipe
     time.sleep(100)
 context = multiprocessing.get_context("fork")
 with ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent) as pool:
