@@ -162,7 +162,7 @@ def device_name() -> str:
 def rates() -> dict[str, float]:
     """Measured rates of the chip: matrix products in TFLOP/s, and memory in TB/s read and written."""
     side = 8192 if DEVICE == "cuda" else 128
-    found = {}
+    results = {}
     for name, dtype, precision in (
         ("bf16", torch.bfloat16, "high"),
         ("tf32", torch.float32, "high"),
@@ -170,9 +170,9 @@ def rates() -> dict[str, float]:
     ):
         torch.set_float32_matmul_precision(precision)
         a = torch.randn(side, side, device=DEVICE, dtype=dtype)
-        found[f"{name}_tflops"] = 2 * side**3 / seconds_of(lambda a=a: a @ a, 10) / 1e12
-    found["copy_tb_per_s"] = 2 * a.nbytes / seconds_of(lambda: a.clone(), 10) / 1e12
-    return found
+        results[f"{name}_tflops"] = 2 * side**3 / seconds_of(lambda a=a: a @ a, 10) / 1e12
+    results["copy_tb_per_s"] = 2 * a.nbytes / seconds_of(lambda: a.clone(), 10) / 1e12
+    return results
 
 
 def row(case: Case, rate: float) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Per-sentence verdicts on boxes: 36 bytes a sentence, in whatever order and process it came, and their scores."""
+"""Per-sentence results of matched boxes, 36 bytes a sentence, and their scores, in any order and process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONAL = {"sent_id": -1, "image_id": -1}
 
 
 class GrecAccumulator(SentenceRows):
-    """Matches now, scores later: constant memory per sentence, the same result for any order and number of processes.
+    """Constant memory per sentence; the scores are the same for any order of sentences and number of processes.
 
     Args:
         thresh_score: predictions scoring below are dropped; scores are float32, so a float32 0.7 is below 0.7. A

@@ -1,4 +1,4 @@
-"""Per-sentence counts: 55 bytes a sentence in whatever order and process it came, from which every score follows."""
+"""Per-sentence counts of pixels, 55 bytes a sentence, from which every score follows, in any order and process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONAL = {"sent_id": -1, "image_id": -1, "source": "", "num_targets": -1, "sen
 
 
 class GresAccumulator(SentenceRows):
-    """Counts now, scores later: constant memory per sentence, the same result for any order and number of processes.
+    """Constant memory per sentence; the scores are the same for any order of sentences and number of processes.
 
     Sentences come as masks (`add`, `add_batch`), as bool arrays or tensors (`add_masks`), or as counts of pixels made
     elsewhere (`add_counts`). Processes exchange `state()` and `merge` it.
