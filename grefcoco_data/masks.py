@@ -63,6 +63,14 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> tuple[dict, st
     return {"size": [height, width], "counts": rle["counts"].decode()}, fault
 
 
+def covered_area(boxes: Sequence[Sequence[float]] | np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(n, 4) xyxy in pixels -> (height, width) bool, what the boxes cover together."""
+    mask = np.zeros(shape, bool)
+    for left, top, right, bottom in np.asarray(boxes).round().astype(int).clip(0):
+        mask[top:bottom, left:right] = True
+    return mask
+
+
 def xywh_to_xyxy(boxes: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     """Convert boxes (n, 4) from x, y, width, height to x1, y1, x2, y2; float32. No boxes give (0, 4)."""
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from grefcoco_data.atomic_files import new_file
-from grefcoco_data.masks import decode_mask, xywh_to_xyxy
+from grefcoco_data.masks import covered_area, decode_mask, xywh_to_xyxy
 from scoring.answers import Answer
 
 matplotlib.use("Agg")
@@ -91,14 +91,6 @@ def answer_iou(row: dict, answer: Answer, rejected: bool) -> float:
         prediction = covered_area(answer.kept_boxes(), shape)
     union = np.logical_or(truth, prediction).sum()
     return float(np.logical_and(truth, prediction).sum() / union) if union else 0.0
-
-
-def covered_area(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(n, 4) xyxy in pixels -> (height, width) bool, what the boxes cover together."""
-    mask = np.zeros(shape, bool)
-    for left, top, right, bottom in np.asarray(boxes).round().astype(int).clip(0):
-        mask[top:bottom, left:right] = True
-    return mask
 
 
 def overlay(image: Image.Image, mask: np.ndarray, colour: str, strength: float = 0.55) -> np.ndarray:

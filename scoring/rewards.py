@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from grefcoco_data.masks import encode_mask, xywh_to_xyxy
+from grefcoco_data.masks import covered_area, encode_mask, xywh_to_xyxy
 from scoring.grammars import Parsed, parse
 from scoring.measurement import GREC, UNREADABLE_BOX
 
@@ -79,10 +79,7 @@ mask_iou = MaskIou()
 
 def _filled(boxes: Sequence[Sequence[float]], row: dict) -> dict:
     """RLE of the pixels that the boxes x0, y0, x1, y1 cover."""
-    mask = np.zeros((row["height"], row["width"]), np.uint8)
-    for x0, y0, x1, y1 in np.asarray(boxes).round().astype(int):
-        mask[y0:y1, x0:x1] = 1
-    return encode_mask(mask)
+    return encode_mask(covered_area(boxes, (row["height"], row["width"])))
 
 
 def _read(completions: Completions, columns: dict[str, Sequence]) -> list[Parsed]:
