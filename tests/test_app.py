@@ -488,6 +488,7 @@ def test_files_that_are_too_large_are_refused(tab: object, address: str, tmp_pat
     assert done.stdout == "413"
 
 
+@pytest.mark.slow
 def test_a_hundred_requests_at_once_are_answered(address: str, scene: Path) -> None:
     from gradio_client import Client, handle_file
 

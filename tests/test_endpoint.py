@@ -226,6 +226,7 @@ def run_predict(arguments: list[str]) -> int:
     return main(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_file(dataset, tmp_path):
     rows = list(grefcoco.load(dataset, split="train"))
     with Server("qwen3", rows) as server:

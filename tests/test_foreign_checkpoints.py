@@ -117,6 +117,7 @@ def test_a_damaged_picture_size_is_one_error(tmp_path: Path) -> None:
         tiny_rela.tiny_processor({"height": 10**6, "width": 10**6})
 
 
+@pytest.mark.slow
 def test_damaged_tokenizers_and_settings_end_in_errors_and_never_in_a_signal(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save("rela", folder)

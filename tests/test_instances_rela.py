@@ -338,6 +338,7 @@ def is_right(answer: dict, row: dict) -> bool:
     return sorted((overlap > 0.7).nonzero()[:, 1].tolist()) == list(range(len(truth))) and mask_accuracy > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [True, False], ids=["every object", "targets alone"])
 def test_overfits_four_sentences_until_boxes_are_right(listed: bool) -> None:
     rows = expression_rows() if listed else [{k: v for k, v in r.items() if k != "objects"} for r in expression_rows()]

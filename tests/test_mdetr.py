@@ -47,6 +47,7 @@ def is_right(result: dict, row: dict) -> bool:
     return bool((overlap.amax(0) > 0.5).all()) if len(truth) else overlap.numel() == 0
 
 
+@pytest.mark.slow
 def test_overfits_four_sentences_until_boxes_are_right(batch: dict) -> None:
     model, rows, losses = tiny_model(), expression_rows(), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)

@@ -304,6 +304,7 @@ def test_unsafe_names_are_refused(tmp_path):
         grefcoco.build_videos(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_half_written(genuine, tmp_path):
     out = tmp_path / "out"
     grefcoco.build_videos(genuine, out)

@@ -234,6 +234,7 @@ def predict(arguments: list[str]) -> int:
     return main(arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(dataset, tmp_path):
     model = tiny_peers.save(tmp_path / "clipseg", "clipseg")
     command = ["predict", str(model), str(dataset), "--split", "train", "--batch-size", "4", "--out"]

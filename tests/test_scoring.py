@@ -193,6 +193,7 @@ def test_bad_options_are_one_line(run, dataset, tmp_path, options, message):
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_is_a_module_of_the_repository(dataset, tmp_path):
     command = [sys.executable, "-m", "scoring", "score", "none.jsonl", dataset, "--split", "val"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

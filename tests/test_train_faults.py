@@ -108,7 +108,8 @@ def test_two_processes_killed_go_on_bit_for_bit(dataset, tmp_path, streaming):
     assert json.loads((part / "metrics.json").read_text())["train"]["sentences"] == 14 * 4 * 2
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_records_the_mean_of_the_steps_since_the_last_record(dataset, tmp_path, processes):
     flags = {"max_train_steps": 10, "checkpointing_steps": 6, "eval_steps": 100, "per_device_train_batch_size": 4}
     histories = []

@@ -148,6 +148,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_two_hundred_damaged_files_end_in_errors_and_never_in_a_signal(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weights = {name: torch.tensor(value.astype("f4").tolist()) for name, value in ARRAYS.items()}
