@@ -9,7 +9,6 @@ are visible on the frame; where none is, `no_target` is true.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Value
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grefcoco_data.annotations import Problems
+from grefcoco_data.images import image_size, pixel_fault
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.pictures import decode_image
@@ -78,17 +78,15 @@ class VideoSource:
         for name in video.frames:
             try:
                 data = files.read(video.video_id, name)
-                with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                    size = size or image.size
-                    fault = None if image.size == size else f"is {image.size}, the first frame {size} (width, height)"
-                    if image.format != "JPEG" or not data.endswith(b"\xff\xd9"):
-                        image.load()
+                frame_size, fault = image_size(data)
+                size = size or frame_size
+                if not fault and frame_size != size:
+                    fault = f"is {frame_size}, the first frame {size} (width, height)"
+                fault = fault or pixel_fault(data)
             except FileNotFoundError:
                 fault = "is missing"
-            except (UnidentifiedImageError, Image.DecompressionBombError):
-                fault = "is not a JPEG or PNG that can be read"
-            except (OSError, SyntaxError, ValueError) as error:
-                fault = f"is truncated or damaged ({error})"
+            except (OSError, ValueError) as error:
+                fault = f"cannot be read ({error})"
             if fault:
                 raise ValueError(f"{files.path}: frame {video.video_id}/{name}.jpg {fault}")
             frames.append(data)
