@@ -50,7 +50,7 @@ from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder
 from grefcoco_data.loading import category_ids
 from modeling.trainer_metrics import flat
 from scoring import report
-from scoring.answers import answers_of
+from scoring.answers import answers_of, check_sentence_ids
 from scoring.measurement import Measurement
 from scoring.model_card import model_card
 from scoring.pictures import draw_answers, draw_learning_curve
@@ -97,6 +97,7 @@ class Run:
         self.model, self.processor = self.load_model()
         columns = [*self.processor.columns(training=False), "boxes", "objects"]
         self.rows = grefcoco.load(config.dataset, split=config.split, columns=list(dict.fromkeys(columns)))
+        check_sentence_ids(self.rows)
         self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
         if config.eval_only:
             self.model, self.average = self.accelerator.prepare(self.model), None
@@ -450,8 +451,10 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
         best, worst = measurement.extremes(6)
-        if best:  # no sentence has a target otherwise
+        if best:
             self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
+        else:  # no sentence has a target
+            (out / "best_and_worst.png").unlink(missing_ok=True)
         if not self.accelerator.is_main_process:
             return
         summary = {**scores, **measurement.details(), "train": self._training_summary()}
@@ -459,7 +462,7 @@ class Run:
         write_text(out / "metrics.json", json.dumps(summary, indent=2) + "\n")
         if self.progress.history:
             draw_learning_curve(self.progress.history, out / "learning_curve.png")
-        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows))
+        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows), bool(best))
         write_text(out / "report.md", page)
         print(page)
         if not config.eval_only:
