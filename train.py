@@ -46,7 +46,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import grefcoco
+from grefcoco_data.arguments import one_line
 from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder, staging_path, write_text
+from grefcoco_data.building import one_error
 from grefcoco_data.loading import category_ids
 from modeling.trainer_metrics import flat
 from scoring import report
@@ -118,8 +120,9 @@ class Run:
 
     def sentences(self) -> Iterator[str]:
         """All sentences of the training split."""
-        stream = grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True)
-        return (row["sentence"] for row in stream)
+        with one_error(self.config.dataset):
+            for row in grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True):
+                yield row["sentence"]
 
     def collator(self, training: bool) -> Callable[[list[dict]], dict[str, object]]:
         """The processor's collator; measuring needs the categories too, for the answer of every object."""
@@ -479,7 +482,7 @@ class Run:
             )
         except (OSError, HfHubHTTPError) as error:
             raise Stopped(
-                f"the upload to {self.repository} failed ({' '.join(str(error).split())}); the model is whole in "
+                f"the upload to {self.repository} failed ({one_line(error)}); the model is whole in "
                 f"{self.output_dir / 'checkpoint'}: run `hf upload {self.repository} {self.output_dir / 'checkpoint'}`"
             ) from error
 
@@ -538,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"train.py: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

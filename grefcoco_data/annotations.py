@@ -32,6 +32,7 @@ OBJECT_FIELDS = {
     "segmentation": (list, dict),
 }
 REF_FIELDS = {"ref_id": (int,), "image_id": (int,), "split": (str,), "ann_id": (int, list), "sentences": (list,)}
+CATEGORY_FIELDS = {"id": (int,), "name": (str,)}
 SENTENCE_FIELDS = {"sent_id": (int,), "sent": (str,), "raw": (str,)}
 
 
@@ -140,12 +141,12 @@ def read_annotations(folder: str | Path, config: str = "grefcoco") -> Annotation
 def _read_annotations(folder: str, config: str, stamps: tuple) -> Annotations:
     refs_path, instances_path = find_files(folder, config)
     refs, instances = read_files(folder, config)
-    _check_records(instances["images"], IMAGE_FIELDS, f"{instances_path}: images")
-    _check_records(instances["annotations"], OBJECT_FIELDS, f"{instances_path}: annotations")
-    _check_records(instances["categories"], {"id": (int,), "name": (str,)}, f"{instances_path}: categories")
-    _check_records(refs, REF_FIELDS, f"{refs_path}: refs")
+    check_records(instances["images"], IMAGE_FIELDS, f"{instances_path}: images")
+    check_records(instances["annotations"], OBJECT_FIELDS, f"{instances_path}: annotations")
+    check_records(instances["categories"], CATEGORY_FIELDS, f"{instances_path}: categories")
+    check_records(refs, REF_FIELDS, f"{refs_path}: refs")
     for index, ref in enumerate(refs):
-        _check_records(ref["sentences"], SENTENCE_FIELDS, f"{refs_path}: refs[{index}].sentences")
+        check_records(ref["sentences"], SENTENCE_FIELDS, f"{refs_path}: refs[{index}].sentences")
     _check_values(refs, instances, refs_path, instances_path)
     return _pair(refs, instances)
 
@@ -165,7 +166,8 @@ def targets(ref: dict) -> list[int]:
     return [ann_id for ann_id in as_list(ref["ann_id"]) if ann_id != -1]
 
 
-def _check_records(records: list, fields: dict[str, tuple[type, ...]], where: str) -> None:
+def check_records(records: list, fields: dict[str, tuple[type, ...]], where: str) -> None:
+    """Raise ValueError for the first record that lacks a field or holds one of another type; names its place."""
     for index, record in enumerate(records):
         if type(record) is not dict:
             raise ValueError(f"{where}[{index}] is {type(record).__name__}; expected an object.")

@@ -25,7 +25,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 import grefcoco
-from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.arguments import ArgumentParser, one_line
 from grefcoco_data.atomic_files import new_file, write_text
 from scoring.answers import BOX_THRESHOLD, read_answers
 from scoring.endpoint import Endpoint
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
-        print(f"scoring {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"scoring {options.command}: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

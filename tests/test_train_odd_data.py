@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ import grefcoco
 from demo.scenes import write_scenes
 from grefcoco_data.commands import main
 from scoring.__main__ import main as score
+from tests.test_grefcoco_damage import DAMAGE
 from tests.tiny_training import tiny, train_here
 
 Edit = Callable[[list[dict], dict], object]
@@ -65,6 +68,29 @@ def repeat_targets(refs: list[dict], instances: dict) -> None:
 def nest_categories(refs: list[dict], instances: dict) -> None:
     for ref in refs:
         ref["category_id"] = [[category] for category in ref["category_id"]]
+
+
+@pytest.fixture(scope="module")
+def whole(scenes) -> Path:
+    grefcoco.build(scenes, scenes / "train2014", scenes.parent / "whole")
+    return scenes.parent / "whole"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_line_for_training_and_scores(whole, tmp_path, capsys, monkeypatch, damage):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    built, out = tmp_path / "built", tmp_path / "out"
+    shutil.copytree(whole, built)
+    DAMAGE[damage](built)
+    (tmp_path / "answers.jsonl").write_text("")
+    flags = ["--split", "val", "--out", str(tmp_path / "scores.json")]
+    assert score(["score", str(tmp_path / "answers.jsonl"), str(built), *flags]) == 2  # also whole ones: no answers
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and len(message) < 1_000
+    if damage not in ("another configuration", "categories as text"):  # which training does not read
+        assert train_here(*tiny(built, out, max_train_steps=1)) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+        assert len(lines) == 1 and len(lines[0]) < 1_000 and not out.exists()
 
 
 KINDS: dict[str, tuple[Edit, str]] = {
