@@ -46,11 +46,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 import grefcoco
+from grefcoco_data.arguments import one_line
 from grefcoco_data.atomic_files import publish, seal, seal_fault, staging_folder, staging_path, write_text
+from grefcoco_data.building import one_error
 from grefcoco_data.loading import category_ids
 from modeling.trainer_metrics import flat
 from scoring import report
-from scoring.answers import answers_of
+from scoring.answers import answers_of, check_sentence_ids
 from scoring.measurement import Measurement
 from scoring.model_card import model_card
 from scoring.pictures import draw_answers, draw_learning_curve
@@ -97,6 +99,7 @@ class Run:
         self.model, self.processor = self.load_model()
         columns = [*self.processor.columns(training=False), "boxes", "objects"]
         self.rows = grefcoco.load(config.dataset, split=config.split, columns=list(dict.fromkeys(columns)))
+        check_sentence_ids(self.rows)
         self.repository = HfApi().create_repo(self.hub_id(), exist_ok=True).repo_id if config.push_to_hub else None
         if config.eval_only:
             self.model, self.average = self.accelerator.prepare(self.model), None
@@ -117,8 +120,9 @@ class Run:
 
     def sentences(self) -> Iterator[str]:
         """All sentences of the training split."""
-        stream = grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True)
-        return (row["sentence"] for row in stream)
+        with one_error(self.config.dataset):
+            for row in grefcoco.load(self.config.dataset, split="train", columns=["sentence"], streaming=True):
+                yield row["sentence"]
 
     def collator(self, training: bool) -> Callable[[list[dict]], dict[str, object]]:
         """The processor's collator; measuring needs the categories too, for the answer of every object."""
@@ -450,8 +454,10 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
         best, worst = measurement.extremes(6)
-        if best:  # no sentence has a target otherwise
+        if best:
             self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
+        else:  # no sentence has a target
+            (out / "best_and_worst.png").unlink(missing_ok=True)
         if not self.accelerator.is_main_process:
             return
         summary = {**scores, **measurement.details(), "train": self._training_summary()}
@@ -459,7 +465,7 @@ class Run:
         write_text(out / "metrics.json", json.dumps(summary, indent=2) + "\n")
         if self.progress.history:
             draw_learning_curve(self.progress.history, out / "learning_curve.png")
-        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows))
+        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows), bool(best))
         write_text(out / "report.md", page)
         print(page)
         if not config.eval_only:
@@ -476,7 +482,7 @@ class Run:
             )
         except (OSError, HfHubHTTPError) as error:
             raise Stopped(
-                f"the upload to {self.repository} failed ({' '.join(str(error).split())}); the model is whole in "
+                f"the upload to {self.repository} failed ({one_line(error)}); the model is whole in "
                 f"{self.output_dir / 'checkpoint'}: run `hf upload {self.repository} {self.output_dir / 'checkpoint'}`"
             ) from error
 
@@ -535,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"train.py: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

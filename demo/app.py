@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's impor
 from demo import cards as result_cards
 from demo.cards import SentenceCard, data_url, make_card
 from demo.scenes import make_scene
-from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.arguments import ArgumentParser, one_line
 
 MAX_SIDE, MAX_SENTENCES, MAX_CHARACTERS = 1024, 12, 200  # of one request: pixels, sentences, and of each sentence
 MAX_FILE_SIZE, KEEP_FILES = "20mb", 3600  # of an upload; seconds
@@ -415,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         segment = load_pipeline(options.model, options.trust_remote_code)
         make_page(segment, describe(segment, options.model)).launch(server_port=options.port, **LAUNCH_OPTIONS)
     except (OSError, ValueError, KeyError, RuntimeError, HTTPError, SafetensorError) as error:
-        print(f"demo/app.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"demo/app.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -32,6 +32,7 @@ OBJECT_FIELDS = {
     "segmentation": (list, dict),
 }
 REF_FIELDS = {"ref_id": (int,), "image_id": (int,), "split": (str,), "ann_id": (int, list), "sentences": (list,)}
+CATEGORY_FIELDS = {"id": (int,), "name": (str,)}
 SENTENCE_FIELDS = {"sent_id": (int,), "sent": (str,), "raw": (str,)}
 
 
@@ -140,12 +141,12 @@ def read_annotations(folder: str | Path, config: str = "grefcoco") -> Annotation
 def _read_annotations(folder: str, config: str, stamps: tuple) -> Annotations:
     refs_path, instances_path = find_files(folder, config)
     refs, instances = read_files(folder, config)
-    _check_records(instances["images"], IMAGE_FIELDS, f"{instances_path}: images")
-    _check_records(instances["annotations"], OBJECT_FIELDS, f"{instances_path}: annotations")
-    _check_records(instances["categories"], {"id": (int,), "name": (str,)}, f"{instances_path}: categories")
-    _check_records(refs, REF_FIELDS, f"{refs_path}: refs")
+    check_records(instances["images"], IMAGE_FIELDS, f"{instances_path}: images")
+    check_records(instances["annotations"], OBJECT_FIELDS, f"{instances_path}: annotations")
+    check_records(instances["categories"], CATEGORY_FIELDS, f"{instances_path}: categories")
+    check_records(refs, REF_FIELDS, f"{refs_path}: refs")
     for index, ref in enumerate(refs):
-        _check_records(ref["sentences"], SENTENCE_FIELDS, f"{refs_path}: refs[{index}].sentences")
+        check_records(ref["sentences"], SENTENCE_FIELDS, f"{refs_path}: refs[{index}].sentences")
     _check_values(refs, instances, refs_path, instances_path)
     return _pair(refs, instances)
 
@@ -165,7 +166,8 @@ def targets(ref: dict) -> list[int]:
     return [ann_id for ann_id in as_list(ref["ann_id"]) if ann_id != -1]
 
 
-def _check_records(records: list, fields: dict[str, tuple[type, ...]], where: str) -> None:
+def check_records(records: list, fields: dict[str, tuple[type, ...]], where: str) -> None:
+    """Raise ValueError for the first record that lacks a field or holds one of another type; names its place."""
     for index, record in enumerate(records):
         if type(record) is not dict:
             raise ValueError(f"{where}[{index}] is {type(record).__name__}; expected an object.")
@@ -201,12 +203,16 @@ def _check_values(refs: list[dict], instances: dict, refs_path: Path, instances_
         if not (0 < image["width"] <= MAX_SIDE and 0 < image["height"] <= MAX_SIDE):
             size = f"{image['width']} x {image['height']}"
             raise ValueError(f"{instances_path}: images[{index}] is {size} pixels; a side can have 1 to {MAX_SIDE}.")
+        if image["id"] < 0:
+            raise ValueError(f"{instances_path}: images[{index}].id is negative.")
     for index, item in enumerate(instances["annotations"]):
         box = item["bbox"]
         if len(box) != 4 or not all(type(x) in (int, float) and abs(x) < 1e9 for x in (*box, item["area"])):
             raise ValueError(
                 f"{instances_path}: annotations[{index}] needs a bbox of 4 finite numbers and a finite area."
             )
+        if item["id"] < 0:
+            raise ValueError(f"{instances_path}: annotations[{index}].id is negative; -1 stands for no target.")
         if not 0 <= item["category_id"] < 2**31:
             raise ValueError(f"{instances_path}: annotations[{index}].category_id does not fit 31 bits.")
     for index, ref in enumerate(refs):
@@ -216,6 +222,8 @@ def _check_values(refs: list[dict], instances: dict, refs_path: Path, instances_
             raise ValueError(f"{refs_path}: refs[{index}].ann_id holds a value that is not an id.")
         if not all(type(category) is int for category in as_list(ref.get("category_id", -1))):
             raise ValueError(f"{refs_path}: refs[{index}].category_id holds a value that is not an id.")
+        if any(sentence["sent_id"] < 0 for sentence in ref["sentences"]):
+            raise ValueError(f"{refs_path}: refs[{index}] has a negative sent_id.")
 
 
 def _pair(refs: list[dict], instances: dict) -> Annotations:
@@ -235,7 +243,8 @@ def _pair(refs: list[dict], instances: dict) -> Annotations:
             image_of[item["id"]] = item["image_id"]
             objects[item["image_id"]].append(item)
             if min(item["bbox"][2:]) < 0:
-                problems.add("box of negative width or height", f"annotation {item['id']}")
+                problems.add("box of negative width or height, its corners are exchanged", f"annotation {item['id']}")
+                item["bbox"] = _upright(item["bbox"])
     splits: dict[str, dict[int, list[dict]]] = {}
     for ref in refs:
         if _is_usable(ref, images, image_of, problems):
@@ -244,6 +253,12 @@ def _pair(refs: list[dict], instances: dict) -> Annotations:
     ordered = {split: splits[split] for split in SPLITS if split in splits}
     silent = [ref for ref in refs if not ref["sentences"] and all(ann_id in image_of for ann_id in targets(ref))]
     return Annotations(images, objects, instances["categories"], ordered, silent, problems)
+
+
+def _upright(box: list[float]) -> list[float]:
+    """A box (xywh) whose width and height are not negative, with the same corners."""
+    x, y, width, height = box
+    return [min(x, x + width), min(y, y + height), abs(width), abs(height)]
 
 
 def _is_usable(ref: dict, images: dict[int, dict], image_of: dict[int, int], problems: Problems) -> bool:

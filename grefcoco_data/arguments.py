@@ -7,6 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+LONGEST_MESSAGE = 800  # characters
+
+
+def one_line(message: object) -> str:
+    """The text of an error in one line; of a long one, such as one with a value from a file, its two ends."""
+    text = " ".join(str(message).split())
+    return (
+        text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    )
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Accepts both `--num-proc` and `--num_proc`, refuses abbreviations, and exits with code 2 after one line.
@@ -27,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def _with_dashes(argument: str) -> str:

@@ -32,11 +32,21 @@ from huggingface_hub import DatasetCard
 from tqdm.auto import tqdm
 
 from grefcoco_data.annotation_json import read_json
-from grefcoco_data.annotations import Annotations, Problems, count_kinds, find_files, read_annotations
+from grefcoco_data.annotations import (
+    CATEGORY_FIELDS,
+    REF_FIELDS,
+    Annotations,
+    Problems,
+    check_records,
+    count_kinds,
+    find_files,
+    read_annotations,
+)
 from grefcoco_data.atomic_files import publish, sha256, sole_writer, staging_folder, sync
 from grefcoco_data.collections import COLLECTIONS, COUNTED, Collection, collection_of
 from grefcoco_data.images import local_images, open_images
 from grefcoco_data.rows import IMAGE_FEATURES, ROWS_PER_GROUP, image_tables
+from grefcoco_data.video_collections import VIDEO_COLLECTIONS
 
 VERSION = "1.0.0"  # of the stored rows
 REPORT = "build.json"  # the file that marks a built folder
@@ -125,15 +135,19 @@ def read_report(folder: str | Path) -> dict:
     parts = PARTS | (PARTS_OF_IMAGES if isinstance(report, dict) and str(report.get("config")) in COLLECTIONS else {})
     if not (isinstance(report, dict) and all(isinstance(report.get(name), kind) for name, kind in parts.items())):
         raise ValueError(f"{path} is not a build report; build again.")
+    if report["config"] not in COLLECTIONS and report["config"] not in VIDEO_COLLECTIONS:
+        raise ValueError(f"{path} names an unknown configuration ({report['config'][:80]!r}); build again.")
     splits, names = report["splits"].values(), [*report["problems"].values(), list(report["shards"].values())]
     if not (
         all(isinstance(split, dict) and all(type(number) is int for number in split.values()) for split in splits)
         and all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
         and all(re.fullmatch(r"data/[\w-]+\.parquet", name) for name in report["shards"])
         and (parts == PARTS or all(set(COUNTED) <= set(split) for split in splits))
-        and (parts == PARTS or all(isinstance(item, dict) for name in PARTS_OF_IMAGES for item in report[name]))
     ):
         raise ValueError(f"{path} holds values of wrong types; build again.")
+    if parts != PARTS:
+        check_records(report["categories"], CATEGORY_FIELDS, f"{path}: categories")
+        check_records(report["refs_without_sentences"], REF_FIELDS, f"{path}: refs_without_sentences")
     return report
 
 
@@ -170,6 +184,12 @@ def damaged_files(folder: Path) -> list[str]:
             damage.append(f"{folder / name} was changed after the build (sha256 differs); build again.")
     extra = {str(path.relative_to(folder)) for path in folder.glob("data/*")} - set(shards)
     return damage + [f"{folder / name} is not part of the build; remove it." for name in sorted(extra)]
+
+
+def check_card(folder: Path, config: str) -> None:
+    """Raise ValueError when `load_dataset` cannot read the YAML of README.md."""
+    with one_error(folder / "README.md"):
+        datasets.load_dataset_builder(str(folder), config)
 
 
 def stored_image_ids(folder: Path, split: str) -> set[int]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
-from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.arguments import ArgumentParser, one_line
 from grefcoco_data.atomic_files import sha256
-from grefcoco_data.building import REPORT, build, damaged_files, read_report, stored_image_ids
+from grefcoco_data.building import REPORT, build, check_card, damaged_files, read_report, stored_image_ids
 from grefcoco_data.collections import COLLECTIONS, CONFIGS
 from grefcoco_data.export import export
 from grefcoco_data.grefer import GRefer
@@ -22,8 +22,6 @@ from grefcoco_data.official import download, push
 from grefcoco_data.show import draw_statistics, sentence_statistics, write_samples_page
 from grefcoco_data.video_collections import VIDEO_CONFIGS
 from grefcoco_data.video_commands import run_video_command
-
-LONGEST_MESSAGE = 800  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--images is missing.")
         return options.run(options)
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        if len(text) > LONGEST_MESSAGE:
-            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-        print(f"grefcoco {options.command}: {text}", file=sys.stderr)
+        print(f"grefcoco {options.command}: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -129,6 +124,7 @@ def _check(options: argparse.Namespace) -> int:
         damage, splits, config = damaged_files(source), report["splits"], report["config"]
         _print_problems(report["problems"])
         if not damage:
+            check_card(source, config)
             _print_shared_images({split: stored_image_ids(source, split) for split in splits})
     else:
         notes = read_annotations(source, options.config)

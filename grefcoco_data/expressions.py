@@ -17,7 +17,7 @@ from datasets import Features
 from datasets.table import InMemoryTable, TableBlock
 
 from grefcoco_data.masks import MAX_PIXELS, merge_rles, rle_covers_image
-from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, OBJECT, list_column
+from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, OBJECT, list_column
 
 ALL_FEATURES = Features({**EXPRESSION_FEATURES, "objects": [OBJECT]})
 Step = tuple[str, tuple, dict]  # name, arguments and options of an operation on a table
@@ -32,7 +32,8 @@ def expression_table(images: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn image rows into expression rows with these columns.
 
     Args:
-        images: with the schema of `IMAGE_FEATURES`; `image` can be missing when no column needs it.
+        images: with the schema of `IMAGE_FEATURES`; columns that no column needs can be missing, except `image_id`,
+            `height`, `width`, `objects` and `expressions`.
         columns: of `ALL_FEATURES`.
 
     Raises:
@@ -132,9 +133,8 @@ class _Sentences:
     """The flat objects and sentences of image rows, and which objects each sentence is about."""
 
     def __init__(self, images: pa.Table) -> None:
-        small = [name for name in IMAGE_FEATURES if name != "image"]
         self.images = images
-        self.table = images.select(small).combine_chunks()
+        self.table = images.select([name for name in images.column_names if name != "image"]).combine_chunks()
         self.image_ids = self.table["image_id"].to_numpy()
         self.objects, self.expressions = (_flatten(self.table[name]) for name in ("objects", "expressions"))
         self.image_of_object, self.image_of_sentence = (

@@ -20,6 +20,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_IMAGE_BYTES = 64 << 20
 UNSAFE_CHARACTERS = set('\\:*?"<>|')  # in names of files
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a byte of pixels, a padding or a restart
+SEQUENTIAL = (0xC0, 0xC1)  # frames whose pixels come from the top to the bottom, in Huffman codes
 ORIENTATION_MARKS = (b"Exif", b"eXIf", b"exif", b"xmp", b"/xap/")  # what files with an orientation tag hold
 
 
@@ -167,12 +169,14 @@ def read_image(source: ImageFolder | ImageZip, image: dict) -> bytes:
         raise ValueError(f"unsafe file name {name[:80]!r} of image {image['id']}, refused")
     try:
         data = source.read(name)
-        fault = _image_fault(data, image["width"], image["height"])
     except FileNotFoundError:
-        fault = "is missing"
+        raise ValueError(f"image {name} is missing") from None
     except (OSError, ValueError) as error:
-        fault = f"cannot be read ({error})"
-    if fault:
+        raise ValueError(f"image {name} cannot be read ({error})") from error
+    size, fault = image_size(data)
+    if not fault and size != (image["width"], image["height"]):
+        fault = f"is {size[0]} x {size[1]} but instances.json says {image['width']} x {image['height']}"
+    if fault := fault or pixel_fault(data):
         raise ValueError(f"image {name} {fault}")
     return data
 
@@ -228,16 +232,56 @@ def _png_parts(data: bytes) -> Iterator[bytes]:
         position = end
 
 
-def _image_fault(data: bytes, width: int, height: int) -> str | None:
+def image_size(data: bytes) -> tuple[tuple[int, int], str | None]:
+    """Width and height in the header of an image file; and what is wrong with it, or None. Nothing is decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if image.size != (width, height):
-                return f"is {image.size[0]} x {image.size[1]} but instances.json says {width} x {height}"
-            # A complete JPEG ends with its end marker. Only other files have to be decoded to know.
-            if image.format != "JPEG" or not data.endswith(b"\xff\xd9"):
-                image.load()
+            return image.size, None
     except (UnidentifiedImageError, Image.DecompressionBombError):
-        return "is not a JPEG or PNG that can be read"
+        return (0, 0), "is not a JPEG or PNG that can be read"
     except (OSError, SyntaxError, ValueError) as error:
+        return (0, 0), f"is truncated or damaged ({error})"
+
+
+def pixel_fault(data: bytes) -> str | None:
+    """What is wrong with the pixels of a JPEG or PNG file; None when all of them are there.
+
+    The JPEG decoder paints grey what is missing before the end marker, without an error.
+    """
+    num_scans, frame, end = _jpeg_layout(data) if data.startswith(b"\xff\xd8") else (0, 0, None)
+    try:
+        if end is None:  # a PNG, or a JPEG without an end marker, on which the decoder fails
+            _decode(data)
+        elif num_scans == 1 and frame in SEQUENTIAL:
+            # Without the end marker, the decoder fails where it needs more than the eight bytes that it reads ahead.
+            # Ones are no code, so that it makes no pixels of these bytes. A small version takes a third of the time.
+            _decode(data[:end] + b"\xff\x00" * 8, small=True)
+        else:  # bytes after the last scan change pixels where the scan is not complete
+            changed = _decode(data[:end] + bytes(range(1, 255)) + data[end:])
+            if _decode(data).tobytes() != changed.tobytes():
+                return "is truncated or damaged (its last scan is incomplete)"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"is truncated or damaged ({error})"
     return None
+
+
+def _jpeg_layout(data: bytes) -> tuple[int, int, int | None]:
+    """Number of scans, marker of the frame and position of the end marker (None without one) of a JPEG file."""
+    position, frame, num_scans = 2, 0, 0
+    while match := JPEG_MARKER.search(data, position):
+        position, code = match.start(), data[match.start() + 1]
+        if code == 0xD9:
+            return num_scans, frame, position
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            frame = code
+        num_scans += code == 0xDA
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return num_scans, frame, None
+
+
+def _decode(data: bytes, small: bool = False) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    if small:
+        image.draft("L", (1, 1))
+    image.load()
+    return image

@@ -26,13 +26,14 @@ from datasets.fingerprint import Hasher
 from grefcoco_data.annotations import Problems, find_files, read_annotations
 from grefcoco_data.building import REPORT, VERSION, one_error, read_report
 from grefcoco_data.collections import CONFIGS, collection_of
-from grefcoco_data.expressions import ExpressionTable, expression_features
+from grefcoco_data.expressions import ExpressionTable, expression_features, expression_table
 from grefcoco_data.images import local_images, open_images
-from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, explode, image_tables
+from grefcoco_data.rows import EXPRESSION_FEATURES, IMAGE_FEATURES, image_tables
 from grefcoco_data.video_collections import VIDEO_COLLECTIONS
 from grefcoco_data.video_rows import THING, load_videos
 
 NEEDED = ("image_id", "height", "width", "objects", "expressions")  # columns of image rows that make expression rows
+IMAGES_AT_ONCE = 16  # image rows of a stream that become expression rows at once
 
 
 @dataclass
@@ -98,7 +99,8 @@ def load(
     All operations of `datasets` work on these rows. Those that write a copy (`save_to_disk`, `to_parquet`,
     `push_to_hub`, `map` to a cache file) write the bytes of the image with each of its sentences, 14 times the size
     of gRefCOCO's images: use `layout="image"` for copies. `datasets` does not keep the shared storage after a cast:
-    `cast_column("image", datasets.Image(decode=False))` copies as much.
+    `cast_column("image", datasets.Image(decode=False))` copies as much. JSON, CSV and SQL cannot hold images: take
+    columns by `columns` or `select_columns`. (After `remove_columns`, `datasets` forgets the types of a stream.)
 
     Streams decode an image once and then yield all its sentences. They split over nodes and workers by shard and
     resume exactly through `state_dict`/`load_state_dict`, also with `shuffle_shards` (with workers: torchdata's
@@ -222,12 +224,10 @@ def _arrange(
         return rows.select_columns(columns)
     if isinstance(rows, datasets.Dataset):
         return _expression_rows(rows, columns)
-    needed = [name for name in IMAGE_FEATURES if name in (*NEEDED, *columns)]
-    stream = rows.select_columns(needed)
-    if "image" in needed:
-        stream = stream.cast_column("image", datasets.Image(decode=False))
-    options = {"remove_columns": needed, "features": expression_features(columns), "fn_kwargs": {"columns": columns}}
-    return stream.map(explode, batched=True, batch_size=1, **options)
+    # As tables: rows that Python functions make have no types of their own, and copies of them would have others.
+    stream = rows.select_columns([name for name in IMAGE_FEATURES if name in needed]).with_format("arrow")
+    stream = stream.map(expression_table, batched=True, batch_size=IMAGES_AT_ONCE, fn_kwargs={"columns": columns})
+    return stream.with_format(None).cast(expression_features(columns))
 
 
 def _expression_rows(images: datasets.Dataset, columns: list[str]) -> datasets.Dataset:

@@ -44,9 +44,12 @@ small {{ opacity: .75; }}</style>
 def write_samples_page(rows: list[dict], folder: Path, split: str, title: str, subtitle: str) -> Path:
     """Write a PNG for each expression row (as `load` gives it) and the page `index.html` that shows them."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = []
+    figures, names = [], set()
     for row in rows:
         name = f"{split}-{row['sent_id']}.png"
+        if name in names:  # ids that restart with each image
+            name = f"{split}-{row['image_id']}-{row['sent_id']}-{len(names)}.png"
+        names.add(name)
         with new_file(folder / name) as temporary:
             draw_targets(row).save(temporary, format="PNG")
         count = f"{len(row['ann_ids'])} target{'s' * (len(row['ann_ids']) != 1)}"

@@ -9,7 +9,6 @@ are visible on the frame; where none is, `no_target` is true.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Value
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grefcoco_data.annotations import Problems
+from grefcoco_data.expressions import expression_features
+from grefcoco_data.images import image_size, pixel_fault
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.pictures import decode_image
@@ -32,6 +33,7 @@ from grefcoco_data.video_collections import video_collection_of
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads
 MAX_FRAMES = 10_000  # a frame row's sent_id is the sentence's times this, plus the number of the frame
 LARGE = ("frames", "objects", "expressions")  # columns of a video row of which frames read a part
+PLACE = ("video", "frame", "sentence")  # what large columns of the index of frame rows hold
 THING = 1  # category of every object; the data sets have none
 VIDEO_FEATURES = Features(
     {
@@ -78,17 +80,15 @@ class VideoSource:
         for name in video.frames:
             try:
                 data = files.read(video.video_id, name)
-                with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                    size = size or image.size
-                    fault = None if image.size == size else f"is {image.size}, the first frame {size} (width, height)"
-                    if image.format != "JPEG" or not data.endswith(b"\xff\xd9"):
-                        image.load()
+                frame_size, fault = image_size(data)
+                size = size or frame_size
+                if not fault and frame_size != size:
+                    fault = f"is {frame_size}, the first frame {size} (width, height)"
+                fault = fault or pixel_fault(data)
             except FileNotFoundError:
                 fault = "is missing"
-            except (UnidentifiedImageError, Image.DecompressionBombError):
-                fault = "is not a JPEG or PNG that can be read"
-            except (OSError, SyntaxError, ValueError) as error:
-                fault = f"is truncated or damaged ({error})"
+            except (OSError, ValueError) as error:
+                fault = f"cannot be read ({error})"
             if fault:
                 raise ValueError(f"{files.path}: frame {video.video_id}/{name}.jpg {fault}")
             frames.append(data)
@@ -188,7 +188,9 @@ def load_videos(
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
-            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other.
+            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other. Map-style, a
+            transform reads images, boxes and masks: in another format, and in copies on disk, these columns hold
+            places such as `{"video": 0, "frame": 3, "sentence": 1}`. Streams hold the values.
         columns: Columns to keep; without images, no image is read.
 
     Raises:
@@ -216,29 +218,25 @@ def _arrange(
         return videos.select_columns(columns)
     if isinstance(videos, datasets.Dataset):
         return _frame_index(videos, columns)
+    # as tables, as in `loading`: rows that Python functions make have no types of their own
     stored = [name for name in VIDEO_FEATURES if name != "frames" or "image" in columns]
-    stream = videos.select_columns(stored)
+    stream = videos.select_columns(stored).with_format("arrow")
+    stream = stream.map(_frame_table, batched=True, batch_size=1, fn_kwargs={"columns": columns})
+    return stream.with_format(None).cast(expression_features(columns))
+
+
+def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Turn one video row, given as a table, into frame rows; the sentences of a frame share the bytes of its image."""
+    (video,) = videos.select([name for name in videos.column_names if name != "frames"]).to_pylist()
+    places = [(frame, expression) for frame in range(len(video["frame_names"])) for expression in video["expressions"]]
+    rows = [frame_row(video, frame, expression, columns) for frame, expression in places]
+    schema = expression_features(columns).arrow_schema
+    table = pa.Table.from_pylist(rows, schema=schema)
     if "image" in columns:
-        stream = stream.cast_column("frames", [datasets.Image(decode=False)])
-    # in two steps: a frame is decoded when its first sentence is read, not all frames of the video
-    stream = stream.map(_split, batched=True, batch_size=1, remove_columns=stored)
-    names = {"remove_columns": ["video", "frame"], "fn_kwargs": {"columns": columns}}
-    return stream.map(_explode, batched=True, batch_size=1, **names)
-
-
-def _split(batch: dict[str, list]) -> dict[str, list]:
-    """Turn one video row, given as a batch of one, into one row per frame."""
-    video = {name: values[0] for name, values in batch.items()}
-    numbers = range(len(video["frame_names"]))
-    return {"video": [video] * len(numbers), "frame": list(numbers)}
-
-
-def _explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
-    """Turn one frame, given as a batch of one, into one row per sentence; all share the decoded image."""
-    (video,), (frame,) = batch["video"], batch["frame"]
-    image = decode_image(video["frames"][frame]) if "image" in columns else None
-    rows = [frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]]
-    return {name: [row[name] for row in rows] for name in columns}
+        frames = pc.list_flatten(videos["frames"]).combine_chunks()
+        images = pa.chunked_array([frames.slice(frame, 1) for frame, _ in places], frames.type)
+        table = table.set_column(columns.index("image"), schema.field("image"), images)
+    return table
 
 
 def frame_row(video: dict, frame: int, expression: dict, columns: Sequence[str]) -> dict:
@@ -293,8 +291,8 @@ def _frame_places(row: int, table: pa.Table) -> pa.Table:
     objects = table["objects"][row].values
     num_frames, num_sentences = len(names), len(expressions)
     frames, sentences = (part.ravel() for part in np.indices((num_frames, num_sentences)))
-    places = np.stack([np.full(len(frames), row), frames, sentences], axis=1)
-    places = pa.FixedSizeListArray.from_arrays(pa.array(places.ravel()), 3)
+    places = [pa.array(part) for part in (np.full(len(frames), row), frames, sentences)]
+    places = pa.StructArray.from_arrays(places, names=list(PLACE))  # with names, so that none takes it for a value
     sent_ids = expressions.field("sent_id").to_numpy()
     ann_ids = objects.field("anno_id").to_numpy()
     visible = np.array(pc.is_valid(objects.field("segmentations").flatten()), bool).reshape(len(ann_ids), num_frames)
@@ -328,15 +326,15 @@ class _FrameLookup:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         values = dict(batch)
         if "image" in batch:
-            places = [(video, frame) for video, frame, _ in batch["image"]]
+            places = [(place["video"], place["frame"]) for place in batch["image"]]
             images = {place: self._image(*place) for place in dict.fromkeys(places)}
             values["image"] = [images[place] for place in places]
         for name in batch.keys() & {"boxes", "masks", "mask", "objects"}:
-            places = [(video, frame) for video, frame, _ in batch[name]]
-            frames = {place: self._frame(*place) for place in dict.fromkeys(places)}
+            places = [tuple(place[part] for part in PLACE) for place in batch[name]]
+            frames = {place: self._frame(*place) for place in dict.fromkeys(place[:2] for place in places)}
             values[name] = [
                 frame_row(frames[video, frame], frame, self._expression(video, sentence), [name])[name]
-                for video, frame, sentence in batch[name]
+                for video, frame, sentence in places
             ]
         return values
 

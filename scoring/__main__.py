@@ -25,7 +25,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 import grefcoco
-from grefcoco_data.arguments import ArgumentParser
+from grefcoco_data.arguments import ArgumentParser, one_line
 from grefcoco_data.atomic_files import new_file, write_text
 from scoring.answers import BOX_THRESHOLD, read_answers
 from scoring.endpoint import Endpoint
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
-        print(f"scoring {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"scoring {options.command}: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -129,7 +129,8 @@ def _predict(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     is_served = options.checkpoint.startswith(("http://", "https://"))
     predictor = _predictor(options, is_served)
-    rows = _load(options.dataset, options.config, options.split, predictor.columns)
+    columns = dict.fromkeys([*predictor.columns, "sent_id", "image_id", "sentence"])
+    rows = _load(options.dataset, options.config, options.split, list(columns))
     rows = rows if options.sentences is None else rows.select(range(min(options.sentences, len(rows))))
     batch_size = options.batch_size or (4 * options.concurrency if is_served else 16)
     names = ("checkpoint", "dataset", "config", "split", "sentences", "segmenter", "seen")

@@ -18,7 +18,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from scoring.grammars import parse
 
@@ -143,3 +145,16 @@ def _check_boxes(boxes: list[list[float]], scores: list[float]) -> None:
     for box, score in zip(boxes, scores):
         if len(box) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (*box, score)):
             raise ValueError(f"box {box} with score {score}; four finite numbers and one were expected")
+
+
+def check_sentence_ids(rows: datasets.Dataset) -> None:
+    """Raise ValueError when one `sent_id` of expression rows stands for several sentences: answers go by it."""
+    names = [name for name in ("sent_id", "image_id", "sentence") if name in rows.column_names]
+    table = rows.select_columns(names).with_format("arrow")[:]
+    counts = table.group_by(names).aggregate([]).group_by("sent_id").aggregate([([], "count_all")])
+    repeated = counts.filter(pc.greater(counts["count_all"], 1))
+    if len(repeated):
+        raise ValueError(
+            f"{len(repeated)} values of sent_id stand for several sentences each (first: {repeated['sent_id'][0]}), "
+            "and answers go by it: number the sentences of the refs file anew, and build again"
+        )

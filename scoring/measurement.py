@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from transformers import ProcessorMixin
 
 from grefcoco_data.masks import to_rle, xywh_to_xyxy
-from scoring.answers import Answer
+from scoring.answers import Answer, check_sentence_ids
 
 METRICS = Path(__file__).resolve().parents[1] / "evaluate"
 GRES, GREC = (evaluate.load(str(METRICS / name)) for name in ("gres", "grec"))
@@ -46,6 +46,7 @@ class Measurement:
         gres: object | None = None,
         grec: object | None = None,
     ) -> None:
+        check_sentence_ids(rows)
         self.rows = rows
         self.ids = np.asarray(rows.with_format(None)["sent_id"])
         self.places = {sent_id: place for place, sent_id in enumerate(self.ids.tolist())}

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from grefcoco_data.atomic_files import new_file, write_text
-from scoring.answers import Answer, answers_of, read_answers, read_text
+from scoring.answers import Answer, answers_of, check_sentence_ids, read_answers, read_text
 
 PACKAGES = ("torch", "transformers", "datasets", "huggingface_hub")
 SENT_ID = re.compile(rb'\{"sent_id": (-?\d+)')
@@ -81,8 +81,9 @@ def write_answers(predictor: Predictor, rows: datasets.Dataset, out: Path, batch
         what `OUT.json` holds.
 
     Raises:
-        ValueError: `out` was begun with another origin, or answers other sentences.
+        ValueError: `out` was begun with another origin, or answers other sentences; a `sent_id` is not unique.
     """
+    check_sentence_ids(rows)
     state = processes()
     origin = {**origin, **predictor.origin, "versions": {name: version(name) for name in PACKAGES}}
     own_part = _part(out, state.process_index)

@@ -67,8 +67,15 @@ def results(summary: dict[str, dict], split: str, num_sentences: int) -> str:
     return "\n".join(lines)
 
 
-def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences: int) -> str:
-    """report.md of a run, from what metrics.json holds, its configuration and the number of measured sentences."""
+def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences: int, has_extremes: bool) -> str:
+    """report.md of a run.
+
+    Args:
+        summary: what metrics.json holds.
+        config: the flags of the run.
+        num_sentences: how many were measured.
+        has_extremes: whether there is a picture of the best and worst answers.
+    """
     split, trained = config["split"], summary["train"]
     lines = [f"# {config['dataset']}", "", results(summary, split, num_sentences)]
     if trained["steps"]:
@@ -81,9 +88,13 @@ def run_page(summary: dict[str, dict], config: dict[str, object], num_sentences:
         ]
         if trained["skipped"]:
             lines += [f"{trained['skipped']} steps were skipped because their gradients were not finite.", ""]
+    if summary["history"]:
         lines += ["![learning curve](learning_curve.png)", ""]
-    pictures = ["![predictions](predictions.png)", "", "The best and the worst answers to sentences with targets:", ""]
-    return "\n".join([*lines, *pictures, "![best and worst](best_and_worst.png)", ""])
+    lines += ["![predictions](predictions.png)", ""]
+    if has_extremes:
+        lines += ["The best and the worst answers to sentences with targets:", ""]
+        lines += ["![best and worst](best_and_worst.png)", ""]
+    return "\n".join(lines)
 
 
 def _cell(key: str, value: float | None) -> str:

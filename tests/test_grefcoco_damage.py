@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +17,8 @@ import pytest
 
 import grefcoco
 from grefcoco_data.commands import main
-from tests.processes import fork
+from grefcoco_data.rows import explode
+from tests.processes import Forked
 from tests.sizes import DAMAGED_BUILDS
 from tests.tiny_grefcoco import write_genuine
 
@@ -66,6 +69,15 @@ DAMAGE = {
     "problems as numbers": change_report(problems={"bad": [3]}),
     "categories as text": change_report(categories=["person"]),
     "another configuration": change_report(config="refcoco_unc"),
+    "a long unknown configuration": change_report(config="x" * 5_000),
+    "categories of wrong types": change_report(categories=[{"id": [1]}]),
+    "refs of wrong types": change_report(refs_without_sentences=[{"ref_id": 1}]),
+    "a long name in the YAML": write("README.md", f"---\nconfigs: [{{data_files: {'x' * 5_000}}}]\n---\n"),
+    "README is a folder": lambda folder: ((folder / "README.md").unlink(), (folder / "README.md").mkdir()),
+    "a split without its shard": lambda folder: next((folder / "data").glob("val-*")).unlink(),
+    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+    "nothing": shutil.rmtree,
 }
 COMMANDS = ("show", "check", "stats", "export")
 
@@ -85,43 +97,134 @@ def test_damage_is_one_line(built, tmp_path, monkeypatch, capsys, damage):
     shutil.copytree(built, tmp_path / "copy")
     DAMAGE[damage](tmp_path / "copy")
     codes = {name: outcome(name, tmp_path / "copy", tmp_path / name, capsys) for name in COMMANDS}
+    if damage not in ("another configuration", "a split without its shard"):
+        assert codes["check"] and codes["show"], "it is named"
     if damage in ("not JSON", "shards as a list", "shards elsewhere", "splits as numbers", "categories as text"):
         assert codes["check"] == codes["stats"] == codes["export"] == 2
     elif "shard" in damage or "column" in damage:
         assert codes["check"] == 1 and codes["show"] == codes["stats"] == codes["export"] == 2
-    elif "YAML" in damage or "configuration" in damage:
-        assert codes["show"] == 2 or damage == "another configuration"
+    elif damage in ("an empty folder", "a file", "nothing"):
+        assert set(codes.values()) == {2}
+
+
+JUNK = [None, -1, 0, 7, 2**31 - 1, 2**62, 1e38, "", "x", [], [None], {}, True, b"x"]
+
+
+def change_bytes(folder: Path, chance: random.Random) -> None:
+    """Bytes of any file, also of the table of contents at the end of a shard."""
+    path = chance.choice([shard(folder), folder / "README.md", folder / "build.json"])
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.randint(1, 5)):
+        start = chance.choice([chance.randrange(len(content)), -chance.randrange(1, min(3_000, len(content)))])
+        content[start] = chance.randrange(256)
+    path.write_bytes(content)
+
+
+def change_values(folder: Path, chance: random.Random) -> None:
+    """Values of image rows, with the same schema."""
+    table = pq.read_table(shard(folder))
+    rows = table.to_pylist()
+    for _ in range(chance.randint(1, 3)):
+        holder, key = chance.choice(list(places(rows)))
+        holder[key] = copy.deepcopy(chance.choice([*JUNK, *(holder if isinstance(holder, list) else [])]))
+    with contextlib.suppress(pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), shard(folder))
+
+
+def change_schema(folder: Path, chance: random.Random) -> None:
+    """Columns left out, renamed, moved, repeated, emptied or of another type; row groups of another size."""
+    table = pq.read_table(shard(folder))
+    names = table.column_names
+    name, other = chance.sample(names, 2)
+    kind = chance.choice([pa.string(), pa.int8(), pa.int64(), pa.float64(), pa.large_string(), pa.null()])
+    changes = [
+        lambda: table.drop([name]),
+        lambda: table.rename_columns([other if column == name else column for column in names]),
+        lambda: table.select(chance.sample(names, len(names))),
+        lambda: table.append_column("more", table[name]),
+        lambda: table.set_column(names.index(name), name, pa.nulls(len(table), kind)),
+        lambda: table.set_column(names.index(name), name, table[name].cast(kind)),
+        lambda: table.replace_schema_metadata(None),
+        lambda: table.slice(0, 0),
+        lambda: pa.concat_tables([table, table]),
+    ]
+    with contextlib.suppress(pa.ArrowException):
+        pq.write_table(chance.choice(changes)(), shard(folder), row_group_size=chance.choice([1, 3, 100]))
+
+
+def change_texts(folder: Path, chance: random.Random) -> None:
+    """Values of build.json, lines of README.md."""
+    if chance.random() < 0.5:
+        report = json.loads((folder / "build.json").read_text())
+        holder, key = chance.choice(list(places(report)))
+        holder[key] = chance.choice([value for value in JUNK if not isinstance(value, bytes)])
+        (folder / "build.json").write_text(json.dumps(report))
+        return
+    lines = (folder / "README.md").read_text().split("\n")
+    first, second = (chance.randrange(lines.index("---", 1) + 1) for _ in range(2))
+    lines[first] = chance.choice(
+        ["", "---", lines[second], lines[first] + ": x", lines[first][2:], "- " + lines[first]]
+    )
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def places(value: object) -> Iterator[tuple[list | dict, object]]:
+    """Every list or dictionary in `value` with every one of its keys."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from places(value[key])
 
 
 def run_on_random_damage(built: Path, work: Path, number: int) -> None:
-    """Change bytes of any file; rows are the same from all readers, or there is one error. A signal ends this."""
+    """Rows are the same from all readers, or there is one error. A signal ends this process."""
     datasets.disable_progress_bars()
     chance = random.Random(number)
     for place in range(number, DAMAGED_BUILDS, 2):
         folder = work / f"{place}"
         datasets.config.HF_DATASETS_CACHE = work / f"cache-{place}"
         shutil.copytree(built, folder)
-        path = chance.choice([shard(folder), folder / "README.md", folder / "build.json"])
-        content = bytearray(path.read_bytes())
-        for _ in range(chance.randint(1, 5)):
-            start = chance.choice([chance.randrange(len(content)), -chance.randrange(1, min(3_000, len(content)))])
-            content[start] = chance.randrange(256)
-        path.write_bytes(content)
-        mapped, streamed = (rows_or_error(folder, streaming) for streaming in (False, True))
-        assert mapped == streamed or "error" in (mapped, streamed)
+        chance.choice([change_bytes, change_values, change_schema, change_texts])(folder, chance)
+        readers = mapped_rows, streamed_rows, plain_rows
+        results = [rows_or_error(reader, folder) for reader in readers]
+        correct = [rows for rows in results if rows != "error"]
+        assert all(rows == correct[0] for rows in correct), place
+        for command in ("check", "stats"):
+            assert main([command, str(folder)]) in (0, 1, 2), place
         shutil.rmtree(folder)
         shutil.rmtree(work / f"cache-{place}", ignore_errors=True)
 
 
-def rows_or_error(folder: Path, streaming: bool) -> list[dict] | str:
+def rows_or_error(reader: Callable[[Path], Iterator[dict]], folder: Path) -> list[dict] | str:
     try:
-        rows = grefcoco.load(folder, split="train", streaming=streaming)
-        return [{**row, "image": row["image"].tobytes()} for row in rows]
+        return [{**row, "image": row["image"].tobytes()} for row in reader(folder)]
     except (ValueError, OSError):  # Pillow has OSError for damaged pictures
         return "error"
 
 
+def mapped_rows(folder: Path) -> Iterator[dict]:
+    return iter(grefcoco.load(folder, split="train"))
+
+
+def streamed_rows(folder: Path) -> Iterator[dict]:
+    stream = grefcoco.load(folder, split="train", streaming=True)
+    try:
+        yield from stream
+    except Exception as error:  # what `datasets` raises on a shard of another schema
+        raise ValueError(str(error)) from error
+
+
+def plain_rows(folder: Path) -> Iterator[dict]:
+    """The rows of the image rows one by one; whatever is wrong with them is an error."""
+    try:
+        for image in pq.read_table(shard(folder)).to_pylist():
+            batch = explode({name: [value] for name, value in image.items()}, list(grefcoco.EXPRESSION_FEATURES))
+            yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+    except Exception as error:
+        raise ValueError(str(error)) from error
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_random_damage_crashes_nothing(built, tmp_path, number):
-    done = fork(run_on_random_damage, built, tmp_path, number)
+    done = Forked(run_on_random_damage, built, tmp_path, number).wait(timeout=60 + 10 * DAMAGED_BUILDS)
     assert done.returncode == 0, done.stderr[-3_000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -376,10 +378,48 @@ def test_truncation_is_detected_at_any_length(genuine, tmp_path):
             images.read_image(images.ImageFolder(tmp_path), record())
 
 
-def test_a_complete_image_with_bytes_after_it_is_accepted(genuine, tmp_path):
-    data = next((genuine / "train2014").iterdir()).read_bytes() + b"\0\0"
-    (tmp_path / "a.jpg").write_bytes(data)
-    assert images.read_image(images.ImageFolder(tmp_path), record()) == data
+JPEG_KINDS = {
+    "plain": {},
+    "optimised": {"optimize": True},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 5},
+    "no subsampling": {"subsampling": 0},
+    "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+    "two pictures": {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (9, 9))]},
+    "no Huffman tables": {},  # as in the frames of an MJPEG video
+}
+
+
+def jpeg(kind: str) -> bytes:
+    options = {"format": "JPEG", "mode": "RGB", **JPEG_KINDS[kind]}
+    pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(options.pop("mode")).save(file, **options)
+    data = file.getvalue()
+    while kind == "no Huffman tables" and (start := data.find(b"\xff\xc4")) > 0:
+        data = data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4], "big") :]
+    return data
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+@pytest.mark.parametrize("after", [b"", b"\0\0", b"a comment\xff\xd9"])
+def test_complete_jpegs_of_any_kind_are_accepted(tmp_path, kind, after):
+    (tmp_path / "a.jpg").write_bytes(jpeg(kind) + after)
+    assert images.read_image(images.ImageFolder(tmp_path), record()) == jpeg(kind) + after
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+@pytest.mark.parametrize("part", [0.5, 0.75, 0.95])
+def test_a_cut_jpeg_is_named_although_it_has_an_end_marker(tmp_path, kind, part):
+    """The decoder paints grey what is missing."""
+    data = jpeg(kind)
+    start, end = data.index(b"\xff\xda"), data.index(b"\xff\xd9")
+    cut = start + int((end - start) * part)
+    for after in (b"\xff\xd9", b"\xff\xd9\0\0", b"\xff\xd9\xff\xd9"):
+        (tmp_path / "a.jpg").write_bytes(data[:cut].rstrip(b"\xff") + after)
+        with pytest.raises(ValueError, match="truncated"):
+            images.read_image(images.ImageFolder(tmp_path), record())
 
 
 def test_images_of_the_hub_are_downloaded_by_folder(tmp_path, monkeypatch):

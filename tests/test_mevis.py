@@ -95,6 +95,20 @@ def test_map_style_equals_streaming(built):
         assert number == len(whole)
 
 
+def test_a_copy_of_streamed_frames_has_their_values(built, tmp_path):
+    stream = grefcoco.load(built, config="mevis", split="valid_u", streaming=True).take(40)
+    stream.to_parquet(str(tmp_path / "copy.parquet"))
+    copied = datasets.load_dataset("parquet", data_files=str(tmp_path / "copy.parquet"), split="train")
+    assert copied.features.arrow_schema.types == grefcoco.EXPRESSION_FEATURES.arrow_schema.types
+    for one, other in zip(stream, copied, strict=True):
+        assert np.array_equal(one.pop("image"), other.pop("image")) and one == other
+
+
+def test_frame_rows_in_another_format_are_not_taken_for_values(built):
+    rows = grefcoco.load(built, config="mevis", split="valid_u").with_format(None)
+    assert rows[0]["mask"] == {"video": 0, "frame": 0, "sentence": 0}
+
+
 def test_a_stream_resumes_exactly(built):
     stream = grefcoco.load(built, config="mevis", split="valid_u", columns=["sent_id"], streaming=True)
     expected = [row["sent_id"] for row in stream]

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import HfArgumentParser
 
+from grefcoco_data.arguments import one_line
 from training.augmentation import Augmentation
 
 # mappings in a recipe, JSON when typed; declared as str, the only type that the argument parser reads
@@ -159,7 +160,7 @@ def check_dataset(dataset: str) -> None:
     except Exception as error:  # the HTTP errors of huggingface_hub change their base class with its version
         raise ValueError(
             f"--dataset {dataset}: there is no such folder, and the Hub does not give it "
-            f"({' '.join(str(error).split())}); build a folder, or set HF_HUB_OFFLINE=1 to use a copy in the cache"
+            f"({one_line(error)}); build a folder, or set HF_HUB_OFFLINE=1 to use a copy in the cache"
         ) from error
 
 
@@ -168,7 +169,7 @@ def read_recipe(path: Path) -> dict[str, object]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read this recipe ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: cannot read this recipe ({one_line(error)})") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of flags to values, this is {type(recipe).__name__}")
     known = {f.name: f for f in dataclasses.fields(TrainConfig)}

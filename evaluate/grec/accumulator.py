@@ -1,4 +1,4 @@
-"""Per-sentence results of matched boxes, 36 bytes a sentence, and their scores, in any order and process."""
+"""Per-sentence results of matched boxes, 40 bytes a sentence, and their scores, in any order and process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .sentence_rows import (
 ROW = np.dtype(
     [
         ("sent_id", "<i8"),  # -1: anonymous
-        ("image_id", "<i4"),  # -1: unknown
+        ("image_id", "<i8"),  # -1: unknown
         ("best_score", "<f4"),  # of all predictions, -inf without any
         ("matched", "<i4"),
         ("kept", "<i4"),  # predictions at or above the score threshold

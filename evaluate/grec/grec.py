@@ -2,7 +2,7 @@
 
     metric = evaluate.load("/absolute/path/to/evaluate/grec")
     metric.compute(predictions=[...], references=[...])     # through evaluate, buffered by Arrow
-    accumulator = metric.accumulator()                      # 28 bytes a sentence, for training loops
+    accumulator = metric.accumulator()                      # 40 bytes a sentence, for training loops
 
 `matching.py` pairs boxes, `ties.py` says which of equal pairs, `accumulator.py` keeps and scores the outcome,
 `average_precision.py` is COCO's AP.

@@ -1,4 +1,4 @@
-"""Per-sentence counts of pixels, 55 bytes a sentence, from which every score follows, in any order and process."""
+"""Per-sentence counts of pixels, 62 bytes a sentence, from which every score follows, in any order and process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROW = np.dtype(
         ("union", "<i4"),
         ("predicted", "<i4"),
         ("pixels", "<i4"),  # height x width
-        ("image_id", "<i4"),  # -1: unknown
-        ("num_targets", "i1"),  # -1: unknown
+        ("image_id", "<i8"),  # -1: unknown
+        ("num_targets", "<i4"),  # -1: unknown
         ("num_words", "u1"),  # 0: unknown; 255 and more are 255
         ("no_target", "?"),  # the truth
         ("source", "S16"),

@@ -2,7 +2,7 @@
 
     metric = evaluate.load("/absolute/path/to/evaluate/gres")
     metric.compute(predictions=[...], references=[...])     # through evaluate, buffered by Arrow
-    accumulator = metric.accumulator()                      # 55 bytes a sentence, for training loops
+    accumulator = metric.accumulator()                      # 62 bytes a sentence, for training loops
 
 Both count and score with the same code: `run_lengths.py` and `masks.py` count pixels, `accumulator.py` keeps the
 counts, `scores.py` makes the published scores of them, `analysis.py` the rest.

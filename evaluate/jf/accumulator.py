@@ -23,7 +23,7 @@ ROW = np.dtype(
         ("frames", "<u4"),
         ("visible", "<u4"),  # frames in which the truth has a pixel
         ("edged", "<u4"),  # frames in which the truth has a boundary
-        ("num_targets", "<i2"),  # -1: unknown
+        ("num_targets", "<i4"),  # -1: unknown
         ("no_target", "?"),
         ("rejected", "?"),  # the answer has masks, and no pixel on any frame
         ("counted", "?"),  # in the means; see `Mode`

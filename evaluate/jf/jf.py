@@ -2,7 +2,7 @@
 
     metric = evaluate.load("/absolute/path/to/evaluate/jf")
     metric.compute(predictions=[...], references=[...])     # through evaluate, buffered by Arrow
-    accumulator = metric.accumulator()                      # 49 bytes a sentence, for training loops
+    accumulator = metric.accumulator()                      # 51 bytes a sentence, for training loops
 
 `run_lengths.py` reads masks, `boundaries.py` scores frames, `accumulator.py` keeps a row a sentence and makes the
 scores, `modes.py` says what other evaluators do with answers that are not complete.
