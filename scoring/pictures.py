@@ -57,22 +57,49 @@ def draw_answers(
     return pixels
 
 
-def draw_learning_curve(history: list[dict], path: Path) -> None:
-    """Plot the loss and the metrics measured along the way; `history` rows hold `step` with `loss` or metrics."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+def draw_learning_curve(history: list[dict], path: Path, warmup_steps: int = 0, split: str = "val") -> None:
+    """Plot the loss and the scores measured along the way, over the same steps.
+
+    Args:
+        history: rows with `step`, and `loss` or scores.
+        warmup_steps: length of the category warm-up, whose loss is another one; it is marked.
+        split: on which the scores were measured.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharex=True)
     losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    left.plot(*zip(*losses) if losses else ([], []), color="#555", linewidth=1)
-    left.set(xlabel="step", ylabel="training loss", yscale="log" if losses else "linear")
+    left.plot(*zip(*losses) if losses else ([], []), ".-", markersize=3, color="#555", linewidth=1)
+    left.set(xlabel="step", title="training loss", yscale="log" if losses else "linear")
     for key, scale, colour, label in CURVES:
         points = [(row["step"], row[key] * scale) for row in history if key in row]
         if points:
             right.plot(*zip(*points), "o-", markersize=3, color=colour, label=label)
-    right.set(xlabel="step", ylabel="%", ylim=(0, 101))
-    if right.lines:
-        right.legend(frameon=False, ncols=2, loc="lower right")
+    right.set(xlabel="step", title=f"scores of split {split}, %", ylim=(0, 101))
     for axes in (left, right):
+        if warmup_steps:
+            axes.axvspan(0, warmup_steps, color="#8a5cf0", alpha=0.12, linewidth=0, label="category warm-up")
+        axes.set_xlim(0, max(row["step"] for row in history))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="best")
+    save_figure(figure, path, dpi=120)
+
+
+def draw_calibration(points: list[dict], path: Path) -> None:
+    """Draw the reliability diagram of "none", with the number of sentences below; `points` as of `reliability`."""
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(4.6, 5), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    columns = {name: [point[name] for point in points] for name in points[0]}
+    top.plot((0, 1), (0, 1), "--", color="#999", linewidth=1, label="perfect calibration")
+    top.plot(columns["probability"], columns["frequency"], "o-", color=ANSWER_COLOUR, label="this model")
+    top.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="share of sentences without target")
+    bottom.bar(columns["probability"], columns["samples"], width=0.04, color=ANSWER_COLOUR)
+    bottom.set(xlabel="probability of “none”", ylabel="sentences", yscale="log", ylim=(0.7, None))
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    top.legend(frameon=False, loc="upper left", fontsize=8)
     save_figure(figure, path, dpi=120)
 
 
