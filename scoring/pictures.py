@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from grefcoco_data.atomic_files import new_file
@@ -41,9 +42,10 @@ def draw_answers(
         no_target_threshold: an answer is "none" above this probability.
         path: PNG to write; without it the picture is returned as (height, width, 3) uint8.
     """
-    columns = 3
+    columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure = plt.figure(figsize=(columns * 4.9, lines * 2.15 + 0.5), layout="constrained")
+    aspect = min(2.0, max(row["image"].height / row["image"].width for row in rows))
+    figure = plt.figure(figsize=(columns * 4.9, lines * (1.57 * aspect + 0.55)), layout="constrained")
     blocks = figure.subfigures(lines, columns, squeeze=False, wspace=0.03, hspace=0.04)
     for block, row, answer in zip(blocks.flat, rows, answers):
         _draw_sentence(block, row, answer, answer.rejects(no_target_threshold))
@@ -66,9 +68,15 @@ def draw_learning_curve(history: list[dict], path: Path, warmup_steps: int = 0, 
         split: on which the scores were measured.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharex=True)
-    losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    left.plot(*zip(*losses) if losses else ([], []), ".-", markersize=3, color="#555", linewidth=1)
-    left.set(xlabel="step", title="training loss", yscale="log" if losses else "linear")
+    losses = np.array([(row["step"], row["loss"]) for row in history if "loss" in row]).reshape(-1, 2)
+    for part in (losses[losses[:, 0] <= warmup_steps], losses[losses[:, 0] > warmup_steps]):  # two losses, two lines
+        left.plot(*part.T, ".-", markersize=3, color="#555", linewidth=1)
+    left.set(xlabel="step", title="training loss")
+    if len(losses):
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_locator(NullLocator())
     for key, scale, colour, label in CURVES:
         points = [(row["step"], row[key] * scale) for row in history if key in row]
         if points:
@@ -77,7 +85,7 @@ def draw_learning_curve(history: list[dict], path: Path, warmup_steps: int = 0, 
     for axes in (left, right):
         if warmup_steps:
             axes.axvspan(0, warmup_steps, color="#8a5cf0", alpha=0.12, linewidth=0, label="category warm-up")
-        axes.set_xlim(0, max(row["step"] for row in history))
+        axes.set_xlim(0, 1.02 * max(row["step"] for row in history))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
@@ -153,10 +161,10 @@ def _draw_sentence(block: plt.SubFigure, row: dict, answer: Answer, rejected: bo
     _panel_title(truth, "truth", TRUTH_COLOUR)
     mask = None if answer.mask is None else decode_mask(answer.mask).astype(bool)
     _draw_panel(prediction, row["image"], mask, answer.kept_boxes(), rejected, ANSWER_COLOUR)
-    score = "none" if rejected else f"IoU {iou * 100:.0f}"
+    score = "none" if rejected else "not none" if row["no_target"] else f"IoU {iou * 100:.0f}"
     _panel_title(prediction, f"{'✓' if correct else '✗'} {score}", GOOD if correct else BAD)
     for axes in panels:
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="N")
         axes.spines[:].set_visible(False)
 
 
