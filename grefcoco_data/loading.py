@@ -177,7 +177,12 @@ def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.Iter
 
     Rows keep their order within a group. Other than with a shuffle buffer, a state saved anywhere resumes exactly;
     call `set_epoch` before `load_state_dict`. (`datasets` warns of a buffer that is refilled; it holds one row here.)
+
+    Raises:
+        ValueError: `datasets` is older than 5 and cannot divide a stream into row groups.
     """
+    if int(datasets.__version__.partition(".")[0]) < 5:
+        raise ValueError(f"shuffle_shards needs datasets>=5, and datasets {datasets.__version__} is installed.")
     return stream.reshard().shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
 
 
