@@ -536,6 +536,9 @@ def main(argv: list[str] | None = None) -> None:
             run.finish()
     except (Stopped, FolderInUse) as error:
         _fail(error)
+    except ConnectionError as error:  # of a stream; that of a worker ends with the worker's own message
+        reason = str(error).strip().splitlines()[-1]
+        _fail(ConnectionError(f"{run.config.dataset}: {reason}; --resume_from_checkpoint latest continues"))
     run.accelerator.end_training()
 
 
