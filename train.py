@@ -5,8 +5,8 @@
     python train.py --eval_only --checkpoint runs/demo/checkpoint --dataset data/easy --split testA
 
 A recipe is a YAML file whose keys are the flags below; flags typed after it win. A run leaves in `output_dir`:
-`report.md`, `metrics.json`, `predictions.png`, `best_and_worst.png`, `learning_curve.png`, the model under
-`checkpoint/`, the best one measured on the way under `best/`, and under `checkpoints/` what resuming needs.
+`report.md` with its pictures, `metrics.json`, the model under `checkpoint/`, the best one measured on the way under
+`best/`, and under `checkpoints/` what resuming needs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from scoring import report
 from scoring.answers import answers_of, check_sentence_ids
 from scoring.measurement import Measurement
 from scoring.model_card import model_card
-from scoring.pictures import draw_answers, draw_learning_curve
+from scoring.pictures import draw_answers, draw_calibration, draw_learning_curve
 from training.augmentation import Augmentation
 from training.config import TrainConfig, check_dataset, parse_config
 from training.families import FAMILIES, Family, load_checkpoint, new_model
@@ -453,19 +453,24 @@ class Run:
             self.record(flat(scores))
         out.mkdir(parents=True, exist_ok=True)
         self.draw(pick_rows(self.rows, per_kind=6, seed=config.seed), out / "predictions.png")
-        best, worst = measurement.extremes(6)
-        if best:
-            self.draw(self.rows.select([*best, *worst]), out / "best_and_worst.png")
-        else:  # no sentence has a target
-            (out / "best_and_worst.png").unlink(missing_ok=True)
+        examples = measurement.examples(6)
+        extremes = [*examples["best"], *examples["worst"]]
+        for name, places in {"best_and_worst": extremes, "no_target_failures": examples["failures"]}.items():
+            if places:
+                self.draw(self.rows.select(places), out / f"{name}.png")
+            else:
+                (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
         if not self.accelerator.is_main_process:
             return
-        summary = {**scores, **measurement.details(), "train": self._training_summary()}
+        summary = {**scores, **measurement.details(), "train": self._training_summary(), "examples": examples}
+        summary["environment"] = report.environment(self.accelerator.device, self.accelerator.num_processes)
         summary["history"] = self.progress.history
         write_text(out / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        draw_calibration(summary["calibration"]["points"], out / "calibration.png")
         if self.progress.history:
-            draw_learning_curve(self.progress.history, out / "learning_curve.png")
-        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows), bool(best))
+            warmup = config.category_warmup_steps
+            draw_learning_curve(self.progress.history, out / "learning_curve.png", warmup, config.split)
+        page = report.run_page(summary, dataclasses.asdict(config), len(self.rows))
         write_text(out / "report.md", page)
         print(page)
         if not config.eval_only:
@@ -537,6 +542,9 @@ def main(argv: list[str] | None = None) -> None:
             run.finish()
     except (Stopped, FolderInUse) as error:
         _fail(error)
+    except ConnectionError as error:  # of a stream; that of a worker ends with the worker's own message
+        reason = str(error).strip().splitlines()[-1]
+        _fail(ConnectionError(f"{run.config.dataset}: {reason}; --resume_from_checkpoint latest continues"))
     run.accelerator.end_training()
 
 

@@ -157,7 +157,7 @@ def one_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and (error.errno or isinstance(error, FileNotFoundError)):
+        if isinstance(error, OSError) and (error.errno or isinstance(error, (FileNotFoundError, ConnectionError))):
             raise
         raise ValueError(_damage(folder, error)) from error  # OSError without a number: a damaged Parquet file
     except ValueError as error:

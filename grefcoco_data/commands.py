@@ -204,7 +204,9 @@ def _show(options: argparse.Namespace) -> int:
         raise ValueError(f"No sentence of {split} fits --id, --targets and --text.")
     numbers = sorted(random.Random(options.seed).sample(fitting, min(options.limit, len(fitting))))
     title = f"{COLLECTIONS[options.config].title}, {split}"
-    subtitle = f"{len(numbers):,} of {len(fitting):,} sentences, seed {options.seed}"
+    filters = {"id": options.id, "targets": options.targets, "text": options.text}
+    chosen = "".join(f", --{name} {value}" for name, value in filters.items() if value is not None)
+    subtitle = f"{len(numbers):,} of {len(fitting):,} sentences{chosen}, seed {options.seed}"
     rows = splits[split].__getitems__(numbers)
     page = write_samples_page(rows, Path(options.out), split, title, subtitle)
     print(f"{len(numbers)} sentences of {split} in {page}")

@@ -7,13 +7,13 @@ category_ids("data/grefcoco", ["train", "val"])                     # [1, 2, 3, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import datasets
 import fsspec
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features
 from datasets.fingerprint import Hasher
+from huggingface_hub.errors import HfHubHTTPError
 
 from grefcoco_data.annotations import Problems, find_files, read_annotations
 from grefcoco_data.building import REPORT, VERSION, one_error, read_report
@@ -34,6 +35,12 @@ from grefcoco_data.video_rows import THING, load_videos
 
 NEEDED = ("image_id", "height", "width", "objects", "expressions")  # columns of image rows that make expression rows
 IMAGES_AT_ONCE = 16  # image rows of a stream that become expression rows at once
+HTTP_LIBRARIES = ("requests", "httpx", "httpx2")
+RETRY_WAITS = (1, 4)  # seconds before a Hub is asked again
+STREAM_TRIES = 2  # of a read, each of which takes huggingface_hub up to 90 seconds where the line is dead
+# the kinds of errors of the HTTP library that this huggingface_hub uses
+HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.partition(".")[0] in HTTP_LIBRARIES)
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -121,6 +128,7 @@ def load(
     Raises:
         ValueError: unknown configuration, split, layout or column; annotations that cannot be used.
         FileNotFoundError: nothing usable at `source` or `images`.
+        ConnectionError: the Hub cannot be reached; a stream raises it when it is read, after at most three minutes.
     """
     if (stored := _stored_config(source, config)) in VIDEO_COLLECTIONS:
         return load_videos(source, stored, split, streaming, layout, columns)
@@ -163,15 +171,48 @@ def category_ids(source: str | Path, splits: Iterable[str], config: str = "grefc
     collection_of(config)
     ids: set[int] = set()
     with one_error(source):
-        files = datasets.load_dataset_builder(str(source), config).config.data_files
+        files = from_hub(source, lambda: datasets.load_dataset_builder(str(source), config).config.data_files)
         for split in dict.fromkeys(splits):
             if split not in files:
                 raise ValueError(f"{source} has no split {split!r}; choose one of {', '.join(files)}.")
             for path in files[split]:
-                with fsspec.open(path) as file:
-                    column = pq.ParquetFile(file).read(["objects.list.element.category_id"])["objects"]
-                ids.update(pc.unique(pc.struct_field(pc.list_flatten(column), "category_id")).to_pylist())
+                ids.update(from_hub(source, lambda path=path: _category_ids_of(path)))
     return sorted(ids)
+
+
+def _category_ids_of(path: str) -> list[int]:
+    """Category ids of all objects in a Parquet file, which may be on a Hub."""
+    with fsspec.open(path) as file:
+        column = pq.ParquetFile(file).read(["objects.list.element.category_id"])["objects"]
+    return pc.unique(pc.struct_field(pc.list_flatten(column), "category_id")).to_pylist()
+
+
+def from_hub(source: str | Path, read: Callable[[], Result]) -> Result:
+    """The result of `read`, which is tried again when a connection to the Hub breaks.
+
+    Raises:
+        ConnectionError: it broke every time; one line. What had arrived stays in the cache of huggingface_hub.
+    """
+    waits = iter(RETRY_WAITS)
+    while True:
+        try:
+            return read()
+        except Exception as error:  # HTTP_ERRORS and others
+            if os.path.isdir(source) or not _is_broken_line(error):
+                raise
+            wait = next(waits, None)
+            if wait is None:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                message = f"the connection to the Hub broke while {source} was read ({reason}); run it again."
+                raise ConnectionError(message) from None
+        time.sleep(wait)
+
+
+def _is_broken_line(error: Exception) -> bool:
+    """Whether an error is one of the connection: no answer of the Hub, or that it cannot answer now."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return isinstance(error, (*HTTP_ERRORS, ConnectionError, TimeoutError))
 
 
 def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
@@ -179,7 +220,12 @@ def shuffle_shards(stream: datasets.IterableDataset, seed: int) -> datasets.Iter
 
     Rows keep their order within a group. Other than with a shuffle buffer, a state saved anywhere resumes exactly;
     call `set_epoch` before `load_state_dict`. (`datasets` warns of a buffer that is refilled; it holds one row here.)
+
+    Raises:
+        ValueError: `datasets` is older than 5 and cannot divide a stream into row groups.
     """
+    if int(datasets.__version__.partition(".")[0]) < 5:
+        raise ValueError(f"shuffle_shards needs datasets>=5, and datasets {datasets.__version__} is installed.")
     return stream.reshard().shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
 
 
@@ -191,8 +237,14 @@ def _load_image_rows(
         raise ValueError(f"{source} holds genuine annotation files: name the images too (images=FOLDER_OR_ZIP).")
     if images is None:
         columns = {} if with_images else {"columns": [name for name in IMAGE_FEATURES if name != "image"]}
-        with one_error(source) if os.path.isdir(source) else contextlib.nullcontext():
-            return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+        if os.path.isdir(source):
+            with one_error(source):
+                return datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+        if streaming:  # `datasets` would wait for half an hour
+            datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = STREAM_TRIES
+        return from_hub(
+            source, lambda: datasets.load_dataset(source, config, split=split, streaming=streaming, **columns)
+        )
     paths = {"annotations": os.path.abspath(source), "images": os.path.abspath(local_images(str(images)))}
     builder = Grefcoco(dataset_name="grefcoco", config_name=config, **paths)
     if streaming:

@@ -128,8 +128,9 @@ class Measurement:
         return {name: accumulator.compute(expected=expected) for name, accumulator in self.tasks().items()}
 
     def details(self) -> dict[str, dict]:
-        """Baselines to hold the GRES scores against, and both tasks' scores by kind of sentence."""
+        """What a report adds to the scores: 95 % intervals, baselines, groups of sentences, calibration of "none"."""
         details: dict[str, dict] = {"baselines": {}, "breakdown": {}, "grec_breakdown": {}}
+        details["intervals"] = {name: accumulator.intervals() for name, accumulator in self.tasks().items()}
         if len(self.gres):
             details["baselines"]["always empty"] = _always_empty(self.gres.compute())
             details["breakdown"] = self.gres.breakdown()
@@ -137,16 +138,44 @@ class Measurement:
             details["baselines"]["every object"] = self.every_object.compute()
         if len(self.grec):
             details["grec_breakdown"] = self.grec.breakdown()
+        answers = self._answers()
+        details["calibration"] = reliability(answers["none"], answers["num_targets"] == 0)
         return details
 
-    def extremes(self, number: int) -> tuple[list[int], list[int]]:
-        """Rows of the best and of the worst answers with targets: by IoU of the mask, without masks by the boxes."""
-        table = self.gres.table() if len(self.gres) else self.grec.table()
-        quality = np.asarray(table["iou"] if len(self.gres) else table["correct"], float)
-        has_target = np.asarray(table["num_targets"]) > 0
-        rows = np.array([self.places[sent_id] for sent_id in table["sent_id"]])[has_target]
-        order = np.argsort(-quality[has_target], kind="stable")
-        return rows[order[:number]].tolist(), rows[order[::-1][:number]].tolist()
+    def examples(self, number: int) -> dict[str, list[int]]:
+        """Rows to look at, up to `number` of each kind, no two of one image.
+
+        "best" and "worst" are answers to sentences with targets, by IoU of the mask, without masks by the boxes;
+        "failures" are sentences without target that were not answered "none", the most certain first.
+        """
+        answers = self._answers()
+        has_target = answers["num_targets"] > 0
+        ranked = np.argsort(-answers["quality"], kind="stable")
+        ranked = ranked[has_target[ranked]]
+        number_best = min(number, -(-len(np.unique(answers["image_id"][ranked])) // 2))
+        best = _of_different_images(ranked, answers["image_id"], number_best)
+        others = ranked[~np.isin(answers["image_id"][ranked], answers["image_id"][best])]
+        certain = np.argsort(answers["none"], kind="stable")
+        wrong = certain[(~has_target & (answers["quality"] < 1))[certain]]
+        chosen = {"best": best, "worst": _of_different_images(others[::-1], answers["image_id"], number)}
+        chosen["failures"] = _of_different_images(wrong, answers["image_id"], number)
+        return {name: answers["place"][indices].tolist() for name, indices in chosen.items()}
+
+    def _answers(self) -> dict[str, np.ndarray]:
+        """Columns of the measured sentences: row, image, targets, quality of the answer and probability of "none".
+
+        A model without masks gives as probability of "none" what its best box lacks to a score of 1.
+        """
+        table = {
+            name: np.asarray(values) for name, values in (self.gres if len(self.gres) else self.grec).table().items()
+        }
+        if len(self.gres):
+            quality, none = table["iou"].astype(float), table["no_target_score"]
+        else:
+            quality, none = table["correct"].astype(float), 1 - np.clip(table["best_score"], 0, 1)
+        places = np.array([self.places[sent_id] for sent_id in table["sent_id"].tolist()])
+        columns = {"place": places, "quality": quality, "none": none}
+        return columns | {name: table[name] for name in ("image_id", "num_targets")}
 
 
 def batches(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
@@ -154,6 +183,33 @@ def batches(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
     answers = iter(answers)
     while batch := list(islice(answers, BATCH)):
         yield batch
+
+
+def reliability(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> dict[str, object]:
+    """How far a probability (n,) is the frequency of `truth` (n,): the points of a reliability diagram.
+
+    Returns:
+        `points`, for each of `bins` equal parts of 0..1 that is not empty: the number of `samples`, their mean
+        `probability` and the `frequency` of truth; `ECE`, the mean distance of the two over all samples (expected
+        calibration error, Naeini et al. 2015).
+    """
+    part = np.minimum((probability * bins).astype(int), bins - 1)
+    points = [
+        {
+            "samples": int(np.count_nonzero(part == index)),
+            "probability": float(probability[part == index].mean()),
+            "frequency": float(truth[part == index].mean()),
+        }
+        for index in np.unique(part)
+    ]
+    distances = [point["samples"] * abs(point["probability"] - point["frequency"]) for point in points]
+    return {"points": points, "ECE": sum(distances) / max(1, len(truth))}
+
+
+def _of_different_images(indices: np.ndarray, image_ids: np.ndarray, number: int) -> np.ndarray:
+    """The first `number` of `indices`, without those of which an earlier one is of the same image."""
+    first = np.unique(image_ids[indices], return_index=True)[1]
+    return indices[np.sort(first)[:number]]
 
 
 def mask_reference(row: dict) -> dict[str, object]:

@@ -17,7 +17,7 @@ SEGMENTS = """\
 ```python
 from transformers import pipeline
 
-segment = pipeline("referring-segmentation", "{repository}", trust_remote_code=True)
+segment = pipeline("referring-segmentation", "{place}", trust_remote_code=True){comment}
 for answer in segment("picture.jpg", text=["the two people on the left", "the red bus"]):
     print(answer["sentence"], "none" if answer["no_target"] else int(answer["mask"].sum()))
 ```
@@ -26,16 +26,26 @@ DETECTS = """\
 ```python
 from transformers import pipeline
 
-detect = pipeline("referring-segmentation", "{repository}", trust_remote_code=True)
+detect = pipeline("referring-segmentation", "{place}", trust_remote_code=True){comment}
 for answer in detect("picture.jpg", text=["the two people on the left", "the red bus"]):
     print(answer["sentence"], "none" if answer["no_target"] else answer["boxes"].tolist())
 ```
 """
+IN_FOLDER = "  # run in this folder"
 PRIVATE = ("dataset", "output_dir", "resume_from_checkpoint", "checkpoint")  # folders of the machine it ran on
 SHOWN = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
     "grec": ("F1_score", "N_acc", "T_acc"),
 }
+SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"  # pictures of the Hub's own widgets
+WIDGET = [
+    {"src": f"{SAMPLES}/{picture}.jpg", "text": sentence, "example_title": title}
+    for picture, sentence, title in (
+        ("football-match", "all the players", "Several objects"),
+        ("airport", "the airplane on the left", "One object"),
+        ("savanna", "the red bus", "None"),
+    )
+]
 TASKS = {"gres": "image-segmentation", "grec": "object-detection"}
 
 
@@ -77,12 +87,13 @@ def model_card(
         license="other",
         license_name="apache-2.0-code-trained-on-licensed-data",
         license_link="#licence",
-        base_model=_hub_id(config.get("backbone")),
+        base_model=_base_models(config),
         pipeline_tag=family.task,
         tags=["referring-expression", "gRefCOCO", *(task.upper() for task in SHOWN if task in summary)],
         datasets=[dataset] if on_hub else None,
         model_name=repository.rpartition("/")[2],
         eval_results=results or None,
+        widget=WIDGET,
     )
     usage = SEGMENTS if family.task == "image-segmentation" else DETECTS
     public = {key: value for key, value in config.items() if key not in PRIVATE and value not in (None, {}, [], False)}
@@ -92,7 +103,7 @@ def model_card(
         f"# {repository.rpartition('/')[2]}\n",
         f"{family.name}, trained on generalised referring expressions: a sentence may refer to one object in a "
         "picture, to several, or to none.\n",
-        usage.format(repository=repository),
+        usage.format(place=repository if "/" in repository else ".", comment="" if "/" in repository else IN_FOLDER),
         *([report.results(summary, str(config["split"]), num_sentences)] if results else []),
         f"Trained on `{data_name}`, revision `{revision}`, with this recipe:\n\n```yaml\n{recipe}```\n",
         "## Licence\n",
@@ -102,10 +113,16 @@ def model_card(
     return "\n".join(parts)
 
 
-def _hub_id(source: object) -> str | None:
-    """A Hub id as it is; None for a file, a folder or nothing."""
-    is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w-]+", source) and not Path(source).exists()
-    return source if is_id else None
+def _base_models(config: dict[str, object]) -> str | list[str] | None:
+    """Hub ids of what the training started from: a checkpoint, or the weights of the vision and text encoders."""
+    sources = [config["checkpoint"]] if config.get("checkpoint") else [config.get("backbone"), config.get("tokenizer")]
+    ids = [source for source in sources if isinstance(source, str) and _is_hub_id(source)]
+    return ids[0] if len(ids) == 1 else ids or None
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether the name of a model is a Hub id, and no file or folder."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)) and not Path(source).exists()
 
 
 def data_revision(dataset: str) -> str:

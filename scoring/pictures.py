@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from grefcoco_data.atomic_files import new_file
@@ -41,9 +42,10 @@ def draw_answers(
         no_target_threshold: an answer is "none" above this probability.
         path: PNG to write; without it the picture is returned as (height, width, 3) uint8.
     """
-    columns = 3
+    columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure = plt.figure(figsize=(columns * 4.9, lines * 2.15 + 0.5), layout="constrained")
+    aspect = min(2.0, max(row["image"].height / row["image"].width for row in rows))
+    figure = plt.figure(figsize=(columns * 4.9, lines * (1.57 * aspect + 0.55)), layout="constrained")
     blocks = figure.subfigures(lines, columns, squeeze=False, wspace=0.03, hspace=0.04)
     for block, row, answer in zip(blocks.flat, rows, answers):
         _draw_sentence(block, row, answer, answer.rejects(no_target_threshold))
@@ -57,22 +59,55 @@ def draw_answers(
     return pixels
 
 
-def draw_learning_curve(history: list[dict], path: Path) -> None:
-    """Plot the loss and the metrics measured along the way; `history` rows hold `step` with `loss` or metrics."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    left.plot(*zip(*losses) if losses else ([], []), color="#555", linewidth=1)
-    left.set(xlabel="step", ylabel="training loss", yscale="log" if losses else "linear")
+def draw_learning_curve(history: list[dict], path: Path, warmup_steps: int = 0, split: str = "val") -> None:
+    """Plot the loss and the scores measured along the way, over the same steps.
+
+    Args:
+        history: rows with `step`, and `loss` or scores.
+        warmup_steps: length of the category warm-up, whose loss is another one; it is marked.
+        split: on which the scores were measured.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharex=True)
+    losses = np.array([(row["step"], row["loss"]) for row in history if "loss" in row]).reshape(-1, 2)
+    for part in (losses[losses[:, 0] <= warmup_steps], losses[losses[:, 0] > warmup_steps]):  # two losses, two lines
+        left.plot(*part.T, ".-", markersize=3, color="#555", linewidth=1)
+    left.set(xlabel="step", title="training loss")
+    if len(losses):
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_locator(NullLocator())
     for key, scale, colour, label in CURVES:
         points = [(row["step"], row[key] * scale) for row in history if key in row]
         if points:
             right.plot(*zip(*points), "o-", markersize=3, color=colour, label=label)
-    right.set(xlabel="step", ylabel="%", ylim=(0, 101))
-    if right.lines:
-        right.legend(frameon=False, ncols=2, loc="lower right")
+    right.set(xlabel="step", title=f"scores of split {split}, %", ylim=(0, 101))
     for axes in (left, right):
+        if warmup_steps:
+            axes.axvspan(0, warmup_steps, color="#8a5cf0", alpha=0.12, linewidth=0, label="category warm-up")
+        axes.set_xlim(0, 1.02 * max(row["step"] for row in history))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="best")
+    save_figure(figure, path, dpi=120)
+
+
+def draw_calibration(points: list[dict], path: Path) -> None:
+    """Draw the reliability diagram of "none", with the number of sentences below; `points` as of `reliability`."""
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(4.6, 5), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    columns = {name: [point[name] for point in points] for name in points[0]}
+    top.plot((0, 1), (0, 1), "--", color="#999", linewidth=1, label="perfect calibration")
+    top.plot(columns["probability"], columns["frequency"], "o-", color=ANSWER_COLOUR, label="this model")
+    top.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="share of sentences without target")
+    bottom.bar(columns["probability"], columns["samples"], width=0.04, color=ANSWER_COLOUR)
+    bottom.set(xlabel="probability of “none”", ylabel="sentences", yscale="log", ylim=(0.7, None))
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    top.legend(frameon=False, loc="upper left", fontsize=8)
     save_figure(figure, path, dpi=120)
 
 
@@ -126,10 +161,10 @@ def _draw_sentence(block: plt.SubFigure, row: dict, answer: Answer, rejected: bo
     _panel_title(truth, "truth", TRUTH_COLOUR)
     mask = None if answer.mask is None else decode_mask(answer.mask).astype(bool)
     _draw_panel(prediction, row["image"], mask, answer.kept_boxes(), rejected, ANSWER_COLOUR)
-    score = "none" if rejected else f"IoU {iou * 100:.0f}"
+    score = "none" if rejected else "not none" if row["no_target"] else f"IoU {iou * 100:.0f}"
     _panel_title(prediction, f"{'✓' if correct else '✗'} {score}", GOOD if correct else BAD)
     for axes in panels:
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="N")
         axes.spines[:].set_visible(False)
 
 

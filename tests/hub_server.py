@@ -33,14 +33,15 @@ PAGE = r"(?:(?P<type>dataset|space)s/)?(?P<id>[^/]+/[^/]+)"
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match: an error status, or the line goes dead after `after`
-    bytes of the body, sent or received."""
+    """What happens to the next `times` requests that match: an error status, or the line is cut after `after` bytes of
+    the body, sent or received, or silent from then on; a silent line sends no header either where `after` is 0."""
 
     method: str
     path: str
     times: int
     status: int | None
     after: int
+    silent: bool
 
 
 class Refusal(Exception):
@@ -63,7 +64,7 @@ class Hub:
         self.folder, self.tokens = folder, tokens
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
-        self.lock = threading.Lock()
+        self.lock, self.ended = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -72,6 +73,7 @@ class Hub:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.ended.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -90,9 +92,11 @@ class Hub:
         told = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "cache")}
         return kept | told | ({"HF_TOKEN": token} if token else {})
 
-    def fail(self, method: str, path: str, times: int = 1, status: int | None = None, after: int = 0) -> None:
-        """Break the next `times` requests whose path matches, by an error status or a cut after `after` bytes."""
-        self.faults.append(Fault(method, path, times, status, after))
+    def fail(
+        self, method: str, path: str, times: int = 1, status: int | None = None, after: int = 0, silent: bool = False
+    ) -> None:
+        """Break the next `times` requests whose path matches (-1: all), by an error status, a cut or silence."""
+        self.faults.append(Fault(method, path, times, status, after, silent))
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -341,6 +345,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, data, headers)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.fault and self.fault.silent and not self.fault.after:
+            self._cut()
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
@@ -370,8 +376,10 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
 
     def _cut(self) -> None:
-        """Drop the connection without a goodbye, as a pulled cable does."""
+        """Drop the connection without a goodbye, or say nothing more while the server runs, as a pulled cable does."""
         self.wfile.flush()
+        if self.fault.silent:
+            self.hub.ended.wait()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         raise ConnectionResetError

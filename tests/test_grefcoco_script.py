@@ -1,4 +1,4 @@
-"""grefcoco.py as a loading script of `datasets` before 4; PYTHON_WITH_DATASETS_3 names a Python with one."""
+"""grefcoco.py as a loading script of `datasets` before 4; PYTHON_WITH_LOWEST_DATA names a Python with one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_grefcoco import write_genuine, write_json
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("PYTHON_WITH_DATASETS_3" not in os.environ, reason="names a Python that has datasets 3.6"),
+    pytest.mark.skipif("PYTHON_WITH_LOWEST_DATA" not in os.environ, reason="names a Python that has datasets 3.6"),
 ]
 LOAD = """
 import json, sys, datasets
@@ -40,7 +40,7 @@ def load(script: Path | str, cwd: Path, *options: str, num_proc: int = 1) -> sub
     """Run in `cwd` without the repository on the path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PYTHONSAFEPATH": "1", "HF_HOME": str(cwd / "home")}
-    command = [os.environ["PYTHON_WITH_DATASETS_3"], "-c", LOAD, str(script), str(num_proc), *options]
+    command = [os.environ["PYTHON_WITH_LOWEST_DATA"], "-c", LOAD, str(script), str(num_proc), *options]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 

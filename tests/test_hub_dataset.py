@@ -1,6 +1,7 @@
 """The data set on a Hub: built and pushed by one process, loaded by others by its id alone."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -9,6 +10,7 @@ import pytest
 
 from tests.hub_server import Hub
 from tests.tiny_grefcoco import write_genuine, write_json
+from tests.tiny_training import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = {"hf_me": "me", "hf_you": "you"}
@@ -196,3 +198,58 @@ def test_download_that_failed_completes_when_run_again(
     assert len(rows(load(hub, tmp_path / "user", False))) == 2
     fetched = [path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")]
     assert fetched and not any("train" in path for path in fetched), "what had arrived was fetched again"
+
+
+SILENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
+COUNT = """
+import sys, time
+pause = time.sleep
+time.sleep = lambda seconds: pause(min(seconds, 0.1))  # all waits between tries
+import grefcoco
+rows = grefcoco.load("me/grefcoco", split="testA", streaming=sys.argv[1] == "stream")
+print(len([row["image"].size for row in rows]))
+"""
+
+
+@pytest.mark.slow
+def test_cuts_of_a_download_are_tried_again_and_then_are_one_error(hub: Hub, genuine: Path, tmp_path: Path) -> None:
+    assert push(hub, genuine).returncode == 0
+    hub.fail("GET", "/resolve/.*testA", after=1000, times=2)
+    done = hub.python(tmp_path / "cut", "-c", COUNT, "map", token=None, **SILENT)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    hub.fail("GET", "/resolve/.*testA", after=1000, times=-1)
+    done = hub.python(tmp_path / "lost", "-c", COUNT, "map", token=None, **SILENT)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and line.startswith("ConnectionError: the connection to the Hub broke"), done.stderr
+    assert "me/grefcoco" in line and done.stderr.count("Traceback") == 1, "errors of libraries are shown with it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("after", [0, 1000])
+def test_a_dead_line_ends_a_load_in_bounded_time(
+    hub: Hub, genuine: Path, tmp_path: Path, kind: str, after: int
+) -> None:
+    """The server accepts and never answers, or stops in the middle; each wait is a tenth of the real one or less."""
+    assert push(hub, genuine).returncode == 0
+    hub.fail("GET", "/resolve/.*testA", after=after, times=-1, silent=True)
+    start = time.monotonic()
+    done = hub.python(tmp_path / "user", "-c", COUNT, kind, token=None, **SILENT)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ConnectionError: "), done.stderr
+    tries = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path and "testA" in path]
+    assert len(tries) <= 20 and time.monotonic() - start < 120
+
+
+@pytest.mark.slow
+def test_a_dead_line_ends_a_streamed_training_in_one_line(hub: Hub, scenes_dataset: Path, tmp_path: Path) -> None:
+    hub.folder.mkdir()
+    repo = hub.repository("dataset", "me/scenes")
+    repo.create(private=False)
+    files = {str(path.relative_to(scenes_dataset)): path for path in scenes_dataset.rglob("*") if path.is_file()}
+    repo.commit({name: repo.keep(path.read_bytes()) for name, path in files.items()}, "scenes")
+    flags = tiny("me/scenes", tmp_path / "out", streaming=True)
+    hub.fail("GET", "/resolve/.*train-", after=1000, times=-1, silent=True)
+    code = COUNT.partition("import grefcoco\n")[0] + "import train; train.main(sys.argv[1:])"
+    done = hub.python(tmp_path / "user", "-c", code, *flags, token=None, **SILENT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: ")

@@ -1,6 +1,7 @@
 """The wheel in a new environment, without the repository: every command runs, a data set and a model are shared."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
+import grefcoco
 from tests.hub_server import Hub
 from tests.tiny_grefcoco import write_genuine
 from tests.tiny_rela import SMALL
@@ -55,6 +58,40 @@ names = {module.name for module in pkgutil.iter_modules(grefcoco_data.__path__)}
 for name in names:
     importlib.import_module(f"grefcoco_data.{name}")
 print(*sorted(names))
+"""
+LOWEST_DATA = """
+import sys, grefcoco
+genuine, out = sys.argv[1:]
+report = grefcoco.build(genuine, f"{genuine}/train2014", out)
+for split, counts in report["splits"].items():
+    rows = grefcoco.load(out, split=split)
+    sizes = [row["image"].size for row in rows]
+    stream = grefcoco.load(out, split=split, streaming=True)
+    assert counts["expressions"] == len(sizes) and [row["image"].size for row in stream] == sizes
+    assert list(rows["sent_id"]) == [row["sent_id"] for row in stream]
+print(grefcoco.__version__)
+"""
+LOWEST_MODEL = """
+import json, sys
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, BertTokenizerFast, pipeline
+import grefcoco
+from grefcoco_modeling.configuration_rela import RelaConfig
+from grefcoco_modeling.image_processing_rela import RelaImageProcessor
+from grefcoco_modeling.modeling_rela import RelaModel
+from grefcoco_modeling.processing_rela import RelaProcessor
+tokenizer = BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+RelaModel(RelaConfig(**json.loads(sys.argv[1]))).save_pretrained("model")
+RelaProcessor(RelaImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained("model")
+model, processor = AutoModel.from_pretrained("model"), AutoProcessor.from_pretrained("model")
+segment = pipeline("referring-segmentation", model=model, processor=processor)
+assert [a["mask"].shape for a in segment(Image.new("RGB", (50, 40)), text=["a cat", "a dog"])] == [(40, 50)] * 2
+print(grefcoco.__version__)
+"""
+VERSIONS = """
+import json, sys
+from importlib.metadata import version
+print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 """
 Run = Callable[..., str]
 
@@ -183,3 +220,42 @@ def test_every_module_and_command_works_without_torch_and_matplotlib(core_python
         refused = run(command, "stats", source, "--out", "plots.png", code=2)
         (line,) = [line for line in refused.stderr.splitlines() if line.startswith("grefcoco stats: ")]
         assert "pip install 'grefcoco[plot]'" in line and not (tmp_path / "plots.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "code"), [("data", LOWEST_DATA), ("model", LOWEST_MODEL)])
+def test_the_wheel_works_with_the_lowest_versions_that_it_names(
+    part: str, code: str, wheel: Path, tmp_path: Path
+) -> None:
+    """PYTHON_WITH_LOWEST_DATA and PYTHON_WITH_LOWEST_MODEL name Pythons of environments that .ci/run makes."""
+    lowest = os.environ.get(f"PYTHON_WITH_LOWEST_{part.upper()}")
+    if lowest is None:
+        pytest.skip("names a Python that has the lowest versions")
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        requires = map(Requirement, message_from_bytes(archive.read(name)).get_all("Requires-Dist"))
+    if part == "data":
+        requires = [line for line in requires if not line.marker]
+        arguments = [write_genuine(tmp_path / "set"), tmp_path / "out"]
+    else:  # whose lowest huggingface_hub is that of transformers
+        requires = [line for line in requires if str(line.marker) == 'extra == "model"' and line.name != "torch"]
+        arguments = [json.dumps(SMALL)]
+    floors = {line.name: str(line.specifier).removeprefix(">=") for line in requires}
+    python, packages = fresh_environment(tmp_path / "fresh", wheel)
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    borrowed = [subprocess.run([lowest, "-c", purelib], capture_output=True, text=True, check=True).stdout.strip()]
+    borrowed += [sysconfig.get_path("purelib")] if part == "model" else []  # for torch; packages above come first
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
+
+    def run(*arguments: object) -> str:
+        environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [str(python), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    installed = json.loads(run("-c", VERSIONS, *floors))
+    assert {name: Version(floor) for name, floor in floors.items()} == {
+        name: Version(number) for name, number in installed.items()
+    }
+    assert run("-c", code, *arguments).split() == [grefcoco.__version__]

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """The folder with the source distribution of the tracked files, and the wheel that is built from it alone."""
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
@@ -25,10 +27,23 @@ def wheel(tmp_path_factory):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return zipfile.ZipFile(next(out.glob("*.whl")))
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return zipfile.ZipFile(next(built.glob("*.whl")))
+
+
+def test_the_source_distribution_holds_what_makes_the_wheel(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"grefcoco.py", "dataset_card.md", "LICENSE", "modeling/modeling_rela.py"} <= names
+    tops = {name.split("/")[0] for name in names if name and "." not in name.split("/")[0]}
+    assert tops == {"LICENSE", "PKG-INFO", "grefcoco_data", "modeling"}, "tests without what they test, or more"
 
 
 def test_top_level_of_the_wheel(wheel):

@@ -18,7 +18,7 @@ from modeling.processing_rela import RelaProcessor
 from scoring import prediction
 from scoring.__main__ import main
 from scoring.answers import Answer, parse_answer, read_answers
-from scoring.measurement import Measurement
+from scoring.measurement import COLUMNS, Measurement, reliability
 from tests import tiny_mdetr
 from tests.tiny_grefcoco import write_genuine
 from tests.tiny_rela import INSTANCES, tiny_config, tiny_processor
@@ -300,3 +300,32 @@ def test_a_long_file_is_scored_in_batches(dataset, tmp_path, monkeypatch):
     assert max(sizes) == 5 and sum(sizes) == len(lines)
     stream = read_answers(tmp_path / "a.jsonl", {line["sent_id"] for line in lines})
     assert next(stream).sent_id == lines[0]["sent_id"], "the file is read line by line"
+
+
+def test_examples_are_of_different_images(scenes_dataset):
+    rows = grefcoco.load(scenes_dataset, split="val", columns=COLUMNS)
+    measurement = Measurement(rows)
+    blank = encode_mask(np.zeros((64, 64), bool))
+    masks = [row["mask"] if row["sent_id"] % 2 else blank for row in rows]  # every image has right and wrong answers
+    answers = [Answer(row["sent_id"], mask=mask, no_target=0.3) for row, mask in zip(rows, masks)]
+    measurement.add_answers(answers)
+    examples = measurement.examples(2)
+    assert [len(examples[name]) for name in ("best", "worst")] == [2, 2]
+    images = [rows[place]["image_id"] for place in (*examples["best"], *examples["worst"])]
+    assert len(set(images)) == 4
+    assert all(rows[place]["sent_id"] % 2 for place in examples["best"])
+    assert not any(rows[place]["sent_id"] % 2 for place in examples["worst"])
+    assert examples["failures"] == [place for place, row in enumerate(rows) if row["no_target"]][:2]
+    assert measurement.details()["calibration"]["ECE"] == pytest.approx(0.3 - np.mean(rows["no_target"]))
+    by_box = Measurement(rows)
+    by_box.add_answers([Answer(row["sent_id"], boxes=[[0, 0, 9, 9]], scores=[0.9], no_target=0.1) for row in rows])
+    assert by_box.examples(2)["failures"] == examples["failures"]
+    assert by_box.details()["calibration"]["points"][0]["probability"] == pytest.approx(0.1)
+
+
+def test_reliability_is_the_frequency_of_each_part():
+    probability, truth = np.array([0.0, 0.1, 0.12, 0.98, 1.0]), np.array([False, True, False, True, True])
+    result = reliability(probability, truth)
+    assert [point["samples"] for point in result["points"]] == [1, 2, 2]
+    assert [point["frequency"] for point in result["points"]] == [0, 0.5, 1]
+    assert result["ECE"] == pytest.approx((2 * (0.5 - 0.11) + 2 * 0.01) / 5)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -18,10 +22,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from scoring import pictures
+from scoring.model_card import model_card
 from tests.hub_server import Hub
 from tests.processes import start_group
 from tests.sizes import LARGE
 from tests.tiny_training import ROOT, run, tiny, train_here
+from training.families import FAMILIES
 
 MDETR = {
     "model_type": "mdetr",
@@ -205,7 +212,7 @@ def test_the_tracker_shows_scores_and_predictions(finished):
 
 
 def test_pictures_show_predictions_and_extremes(finished):
-    for name in ("predictions.png", "best_and_worst.png", "learning_curve.png"):
+    for name in ("predictions.png", "best_and_worst.png", "learning_curve.png", "calibration.png"):
         with Image.open(finished / name) as picture:
             assert (
                 min(picture.size) > 300 and len(set(picture.convert("L").resize((64, 64)).get_flattened_data())) > 30
@@ -220,6 +227,67 @@ def test_the_card_holds_the_scores_the_recipe_and_the_data(finished, dataset):
     assert len(results["gIoU"].dataset_revision) == 16 and results["gIoU"].dataset_name == dataset.name
     assert card.data.library_name == "transformers" and "max_train_steps: 8" in card.text
     assert f"| **this model** | {metrics['gres']['gIoU']:.2f} |" in card.text
+
+
+def test_the_report_says_how_sure_it_is_and_what_made_it(finished):
+    page, metrics = (finished / "report.md").read_text(), json.loads((finished / "metrics.json").read_text())
+    low, high = metrics["intervals"]["gres"]["gIoU"]
+    assert low <= metrics["gres"]["gIoU"] <= high
+    assert f"| 95 % interval | {low:.2f} to {high:.2f} |" in page and "bootstrap over images" in page
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert {"best_and_worst.png", "calibration.png", "learning_curve.png"} <= set(pictures)
+    assert all((finished / name).is_file() for name in pictures)
+    rejected = metrics["breakdown"]["num_targets=0"]["rejected"]
+    assert f"{1 - rejected:.0f} of 1 were not answered “none”" in page
+    assert ("no_target_failures.png" in pictures) == (rejected < 1)
+    for name in ("torch", "transformers", "datasets", "numpy"):
+        assert f"| {name} | {version(name)} |" in page
+    assert f"| CPU cores | {len(os.sched_getaffinity(0))} |" in page
+
+
+def test_the_learning_curve_marks_the_category_warm_up(tmp_path, monkeypatch):
+    history = [{"step": 50, "loss": 2.0}, {"step": 100, "loss": 1.0, "gIoU": 20.0}, {"step": 200, "gIoU": 40.0}]
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    pictures.draw_learning_curve(history, tmp_path / "x.png", warmup_steps=70, split="testA")
+    for axes, label in zip(figures[0].axes, (None, "gIoU")):
+        (band,) = [patch for patch in axes.patches if patch.get_label() == "category warm-up"]
+        assert band.get_x() == 0 and band.get_width() == 70 and 200 <= axes.get_xlim()[1] < 210
+        assert label is None or axes.lines[0].get_label() == label
+    assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [1, 1], "the two losses are joined"
+    assert "testA" in figures[0].axes[1].get_title()
+
+
+def test_the_cards_example_runs_as_typed(finished, dataset, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished / "checkpoint", tmp_path / "model")
+    picture = next((dataset.parent / "scenes" / "train2014").iterdir())
+    Image.open(picture).convert("RGB").save(folder / "picture.jpg")
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    widget = ModelCard.load(folder / "README.md").data.widget
+    assert all(entry.keys() == {"src", "text", "example_title"} for entry in widget)
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"backbone": "microsoft/swin-base", "tokenizer": "google-bert/bert-base"}, 2),
+        ({"backbone": "microsoft/swin-base", "checkpoint": "me/rela-1.5"}, "me/rela-1.5"),
+        ({"backbone": "weights/yolo.npz", "tokenizer": None}, None),
+        ({"checkpoint": "runs/demo"}, None),
+    ],
+)
+def test_the_card_names_what_the_training_started_from(sources, expected, dataset, tmp_path, monkeypatch):
+    for name in ("weights/yolo.npz", "runs/demo"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    config = {"dataset": str(dataset), "split": "val", **sources}
+    card = ModelCard(model_card("me/model", FAMILIES["rela"], config, {}, 0))
+    found = card.data.base_model
+    assert (len(found) if isinstance(found, list) else found) == expected
 
 
 def test_every_flag_has_a_help_text_and_a_user():
@@ -279,9 +347,9 @@ def test_the_readmes_life_from_nothing_to_a_shared_model(dataset, tmp_path):
         measure = ["--eval_only", "--checkpoint", "me/rela", "--dataset", "me/grefcoco", "--split", "testA"]
         shell("train.py", *measure, "--report_to", "none", "--output_dir", tmp_path / "testA")
         assert "split testA" in (tmp_path / "testA" / "report.md").read_text()
-        code = "from transformers import pipeline\n"
-        code += "pipeline('referring-segmentation', 'me/rela', trust_remote_code=True)\n"
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        code = code.replace("picture.jpg", str(next((scenes / "train2014").iterdir())))
         used = hub.python(user, "-c", code, token=None)
-        assert used.returncode == 0, used.stderr
+        assert used.returncode == 0 and len(used.stdout.splitlines()) == 2, used.stderr
         refused = hub.python(author, ROOT / "train.py", *flags, token="hf_nobody")
         assert refused.returncode == 2 and "Traceback" not in refused.stderr

@@ -47,7 +47,7 @@ def test_the_readmes_fine_tuning_and_its_scores_are_train_pys(dataset, tmp_path,
                if "Trainer(" in block]  # fmt: skip
     assert code.count("\n") <= 25
     code = code.replace("data/easy", str(dataset)).replace("runs/demo", str(out)).replace("runs/tuned", str(tmp_path))
-    code = code.replace("/path/to/this/folder", str(ROOT)).replace("max_steps=100", "max_steps=2, use_cpu=True")
+    code = code.replace("./evaluate", str(ROOT / "evaluate")).replace("max_steps=100", "max_steps=2, use_cpu=True")
     untrained = code.replace("trainer.train()\n", "scores = trainer.evaluate()\n")
     found: dict = {}
     exec(untrained, found)

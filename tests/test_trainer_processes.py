@@ -46,7 +46,7 @@ def readme_code(dataset: Path, saved: Path, out: Path, streaming: bool, dispatch
         "data/easy": str(dataset),
         "runs/demo/checkpoint": str(saved),
         "runs/tuned": str(out),
-        "/path/to/this/folder": str(ROOT),
+        "./evaluate": str(ROOT / "evaluate"),
         "max_steps=100": f"max_steps={STEPS}, use_cpu=True, logging_steps=1, save_strategy='no'",
         "per_device_train_batch_size=16": f"per_device_train_batch_size={GLOBAL_BATCH // processes}",
         'eval_strategy="steps", eval_steps=50, ': "",

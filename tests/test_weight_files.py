@@ -173,3 +173,34 @@ def test_two_hundred_damaged_files_end_in_errors_and_never_in_a_signal(tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-80:] + done.stderr
     assert len(done.stdout.splitlines()) == 200
+
+
+READ_KERAS = READ_ALL.replace("modeling.weight_files import read_weights", "modeling.convert_vlt import read_h5")
+READ_KERAS = READ_KERAS.replace("read_weights(path).values():", "read_h5(path).values():").replace(".double()", "")
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_keras_files_end_in_errors_and_never_in_a_signal(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    random = np.random.default_rng(0)
+    (tmp_path / "damaged").mkdir()
+    for storage in ({}, {"chunks": True, "compression": "gzip"}):
+        with h5py.File(tmp_path / "whole.h5", "w") as file:
+            layers = [f"conv2d_{number}" for number in range(6)]
+            file.attrs["layer_names"] = np.array(layers, dtype="S")
+            for layer in layers:
+                group = file.create_group(layer)
+                group.attrs["weight_names"] = np.array([f"{layer}/kernel:0"], dtype="S")
+                values = random.standard_normal((3, 3, 4, 4)).astype("f4")
+                group.create_dataset(f"{layer}/kernel:0", data=values, **storage)
+        content = np.frombuffer((tmp_path / "whole.h5").read_bytes(), np.uint8)
+        for i in range(100):
+            damaged = content[: random.integers(1, len(content))] if i % 8 == 0 else content.copy()
+            places = random.integers(0, len(damaged), 1 << (i % 5))
+            if i % 8:
+                damaged[places] = random.integers(0, 256, len(places))
+            (tmp_path / "damaged" / f"{i}-{len(storage)}.h5").write_bytes(damaged.tobytes())
+    command = [sys.executable, "-W", "ignore", "-c", READ_KERAS, tmp_path / "damaged"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-80:] + done.stderr
+    assert len(done.stdout.splitlines()) == 200

@@ -39,7 +39,8 @@ def train_here(*flags: object, pictures: bool = False) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     # drawing takes two thirds of a tiny run
-    drawings = {} if pictures else {"draw_answers": no_picture, "draw_learning_curve": no_picture}
+    names = () if pictures else ("draw_answers", "draw_calibration", "draw_learning_curve")
+    drawings = dict.fromkeys(names, no_picture)
     with mock.patch.multiple(train, **drawings) if drawings else nullcontext():
         try:
             train.main([str(flag) for flag in flags])
