@@ -114,11 +114,19 @@ def assign(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def mean_count(counts: torch.Tensor) -> torch.Tensor:
     """Sum of `counts` averaged over the processes of a distributed run, as gradients are; at least 1."""
-    total = counts.sum().float()
+    return mean_over_processes(counts.sum().float()).clamp(min=1)
+
+
+def mean_over_processes(total: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over the processes of a distributed run; all of them must call this together.
+
+    A sum divided by it, averaged over the processes as gradients are, is the value of one process with all samples.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total.clone()
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()
-    return total.clamp(min=1)
+    return total
 
 
 def _area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
