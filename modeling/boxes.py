@@ -9,11 +9,6 @@ import torch
 NON_FINITE_COST = 1e6  # replaces a matching cost that is nan or infinite
 
 
-def upload(numbers: Sequence, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a few Python numbers; unlike `torch.tensor(..., device=device)` it does not wait for the device."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
-
-
 class Matches(NamedTuple):
     """Matched pairs of queries and targets of a batch, (pairs,) each."""
 

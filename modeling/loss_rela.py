@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .boxes import mean_over_processes, upload
+from .boxes import mean_over_processes
 from .configuration_rela import RelaConfig
+from .device_tensors import upload
 from .fusion_rela import full_precision
 from .region_decoder_rela import RegionOutput
 
