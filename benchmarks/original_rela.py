@@ -30,7 +30,7 @@ class Sizes:
     heads: int = 8
     region_layers: int = 9
     region_ffn: int = 2048
-    text: Mapping[str, int | float] = field(default_factory=dict)  # of BertConfig; its hidden size is 768
+    text: Mapping[str, int | float] = field(default_factory=dict)  # of BertConfig
 
 
 class OriginalRela(nn.Module):

@@ -107,11 +107,12 @@ class SwinBlock(GradientCheckpointingLayer):
             return x + branch(x)
         probability, compiling = 1 - self.drop_path, torch.compiler.is_compiling()
         # Eager: drawn on the CPU, so that nothing waits for the device. A compiler needs a fixed number of images.
-        kept = self.kept_samples(len(x), probability, x.device if compiling else torch.device("cpu")) / probability
+        kept = self.kept_samples(len(x), probability, x.device if compiling else torch.device("cpu"))
         index = None if compiling else kept.nonzero()[:, 0]
         if index is None or len(index) in (0, len(x)):  # without any image, the parameters still get gradients
             y = branch(x)
-            return x + y * kept.to(y.device, y.dtype, non_blocking=True).view(-1, 1, 1, 1)
+            factor = kept.to(y.device, y.dtype, non_blocking=True) / probability
+            return x + y * factor.view(-1, 1, 1, 1)
         index = index.to(x.device, non_blocking=True)
         y = branch(x.index_select(0, index)) / probability
         dtype = torch.promote_types(x.dtype, y.dtype)

@@ -1,4 +1,7 @@
-"""The published recipe trains as the original code does: 200 steps from the same weights give the same losses."""
+"""The published recipe trains as the original code does: 200 steps from the same weights give the same losses.
+
+In fp64: the original's instance normalisation of words is not exact in fp32 (see benchmarks/RESULTS.md).
+"""
 
 import json
 from unittest import mock
@@ -12,6 +15,7 @@ from modeling.swin_rela import SwinBlock
 from modeling.training_rela import parameter_groups
 from tests.made_weights import made_weights, parse_keys
 from tests.original_training import DECAY_STEPS, GOLDEN, SEED, SIZES, STEPS, KeptSamples, made_batch
+from tests.sizes import LARGE
 from tests.tiny_training import ROOT
 from training.config import TrainConfig, read_recipe
 from training.schedule import rate_factor
@@ -64,25 +68,29 @@ def test_the_same_parameters_are_trained_and_decayed(golden, recipe, weights):
 
 @pytest.mark.slow
 def test_200_steps_have_the_losses_of_the_original(golden, recipe, weights):
-    model = new_model(weights, recipe).train()
+    """The first 40 of them, unless large tests are asked for."""
+    steps = STEPS if LARGE else 40
+    model = new_model(weights, recipe).double().train()
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.learning_rate, recipe.weight_decay), fused=True)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     with mock.patch.object(SwinBlock, "kept_samples", KeptSamples()):
-        for step in range(STEPS):
+        for step in range(steps):
             batch = made_batch(step)
             factor = rate_factor(recipe.lr_scheduler_type, step, STEPS, 0, recipe.lr_decay_steps)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor
             labels = {"masks": batch["masks"], "no_target": batch["masks"].flatten(1).sum(1) == 0}
-            pixels = (batch["images"].float() - mean) / std
+            pixels = (batch["images"].double() - mean) / std
             loss = model(pixels, batch["input_ids"], batch["attention_mask"], labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert losses == pytest.approx(golden["losses"], rel=1e-3)
+    assert losses == pytest.approx(golden["losses"][:steps], rel=1e-6)
+    if not LARGE:
+        return
     moved = sum((x.detach() - initial[name]).square().sum() for name, x in model.named_parameters()).sqrt().item()
-    assert moved == pytest.approx(golden["moved"], rel=1e-3)
+    assert moved == pytest.approx(golden["moved"], rel=1e-6)
