@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -299,6 +300,12 @@ def deformable_cores() -> list[dict[str, object]]:
                 v, shapes_tensor, shapes, None, ((p + 0.5) / sizes[:, None]).to(v.dtype), w.to(v.dtype), 64
             ),
         }
+        if DEVICE == "cuda" and find_spec("triton"):  # the module cannot be imported without it
+            from benchmarks.deformable_triton import GatherPoints
+
+            candidates["triton"] = lambda v=values, p=points, w=weights: GatherPoints.apply(
+                v, p.to(v.dtype), w.to(v.dtype), tuple(shapes)
+            )
         if dtype == torch.bfloat16:
             del candidates["embedding_bag"]  # it takes weights and values of one type, and weights need fp32
         for name, candidate in candidates.items():
