@@ -80,6 +80,7 @@ class Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.output_dir = config, Path(config.output_dir)
         self.augmentation = Augmentation(**config.augmentation)
+        self.data_parallel = DistributedDataParallelKwargs()
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -87,8 +88,7 @@ class Run:
             project_dir=config.output_dir,
             # without this flag processes on CPUs start as separate runs
             cpu=not torch.accelerator.is_available(),
-            # a closed language gate and the category warm-up leave parameters without gradient
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[self.data_parallel],
         )
         set_seed(config.seed)
         if config.mixed_precision != "no":  # TF32 for what autocast leaves in fp32, above all the pixel decoder
@@ -129,11 +129,16 @@ class Run:
         supervised = self.config.category_supervision or not training
         categories = self.categories if supervised else ()
         return self.processor.collator(
-            self.model_config, self.config.text_column, categories, training, share_images=True
+            self.model_config, self.config.text_column, categories, training, share_images=True, uint8_pixels=True
         )
+
+    def on_device(self, batch: dict[str, object]) -> dict[str, object]:
+        """A batch on this process's device; its pixels are normalised there."""
+        return self.processor.normalize(send_to_device(batch, self.accelerator.device, non_blocking=True))
 
     def _prepare_training(self) -> None:
         config = self.config
+        self.model.train()  # a model may set here which of its parameters have gradients
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(tuple(config.frozen)))
         if config.gradient_checkpointing:
@@ -151,6 +156,9 @@ class Run:
                 "set it to 0, or train without sharding"
             )
         self.average = weight_average(self.model, config.ema_decay) if config.ema_decay else None
+        # Only then parameters are without gradient; to look for them costs a walk through the graph in every step.
+        unused_head = getattr(self.model.config, "num_categories", 0) and not config.category_supervision
+        self.data_parallel.find_unused_parameters = bool(config.category_warmup_steps or unused_head)
         if config.torch_compile:
             self.model.compile()
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -198,10 +206,7 @@ class Run:
 
     def _loader(self, sentences_per_image: int, start: int) -> Iterable[dict[str, object]]:
         config, columns = self.config, self.train_columns()
-        settings = {
-            "collate_fn": self.collator(training=True),
-            "pin_memory": self.accelerator.device.type == "cuda",
-        }
+        settings = self.loader_settings(training=True)
         place = (config.seed, self.accelerator.process_index, self.accelerator.num_processes, start)
         size = (config.per_device_train_batch_size, sentences_per_image)
         if config.streaming:
@@ -214,6 +219,11 @@ class Run:
         sampler = SentenceBatchSampler(np.asarray(rows.with_format(None)["image_id"]), *size, *place)
         rows = TrainRows(rows, self.augmentation, config.seed)
         return DataLoader(rows, batch_sampler=sampler, num_workers=config.dataloader_num_workers, **settings)
+
+    def loader_settings(self, training: bool) -> dict[str, object]:
+        """What all loaders share; only from pinned memory does a copy to a GPU overlap with its work."""
+        pinned = self.accelerator.device.type == "cuda"
+        return {"collate_fn": self.collator(training), "pin_memory": pinned}
 
     def train_columns(self) -> list[str]:
         """The columns that training rows need; others are not read."""
@@ -235,7 +245,8 @@ class Run:
     def train_step(self, batches: Iterator[dict[str, object]]) -> torch.Tensor:
         """One optimiser step; returns its mean loss. Its random numbers depend on (seed, step, process) alone."""
         config, step = self.config, self.progress.step
-        self.model.train()
+        if not self.model.training:  # a model may look at its weights here, for which the host waits
+            self.model.train()
         for group in self.optimizer.param_groups:
             schedule = group.get("schedule", config.lr_scheduler_type)
             restart = config.category_warmup_steps
@@ -249,7 +260,7 @@ class Run:
             batch = next(batches)
             self.progress.waiting += time.perf_counter() - wait_start
             sent_ids.append(batch["labels"]["sent_id"])
-            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            batch = self.on_device(batch)
             torch.manual_seed(hash((config.seed, step, part, self.accelerator.process_index)) & 0x7FFFFFFF)
             with self.accelerator.accumulate(self.model):
                 loss = self.model(**(vision_only(batch) if step < config.category_warmup_steps else batch)).loss
@@ -414,11 +425,11 @@ class Run:
         batches += batches[: -len(batches) % processes]
         batches = batches[self.accelerator.process_index :: processes]
         workers = self.config.dataloader_num_workers
-        collate = self.collator(training=False)
-        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        settings = self.loader_settings(training=False)
+        loader = DataLoader(self.rows, batch_sampler=batches, num_workers=workers, **settings)
         measurement = Measurement(self.rows, self.processor)
         for batch in tqdm(loader, desc="measure", leave=False, disable=not self.accelerator.is_main_process):
-            batch = send_to_device(batch, self.accelerator.device)
+            batch = self.on_device(batch)
             labels = batch.pop("labels")
             measurement.add_outputs(model(**batch), labels, batch.get("image_index"))
         for rank, state in enumerate(gather_object([measurement.state()])):
@@ -435,7 +446,7 @@ class Run:
     def draw(self, rows: Dataset, path: Path | None = None) -> np.ndarray | None:
         """Draw the answers to a few rows, into a file or as an array; all processes call this together."""
         rows = list(rows)
-        batch = send_to_device(self.collator(training=False)(rows), self.accelerator.device)
+        batch = self.on_device(self.collator(training=False)(rows))
         batch.pop("labels")
         answers = answers_of(self.processor, self.evaluated_model()(**batch), rows)
         if not self.accelerator.is_main_process:

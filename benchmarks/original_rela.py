@@ -7,7 +7,8 @@ pass is the original code.
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,49 +16,72 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 
+@dataclass
+class Sizes:
+    """Sizes of the original network; the defaults are the published Swin-B."""
+
+    channels: int = 128  # of the first stage; doubled at each stage
+    depths: Sequence[int] = (2, 2, 18, 2)
+    window_heads: Sequence[int] = (4, 8, 16, 32)
+    window: int = 12
+    pixel_layers: int = 6
+    pixel_ffn: int = 1024
+    hidden: int = 256  # channels of the pixel decoder, the mask features and the regions
+    heads: int = 8
+    region_layers: int = 9
+    region_ffn: int = 2048
+    text: Mapping[str, int | float] = field(default_factory=dict)  # of BertConfig
+
+
 class OriginalRela(nn.Module):
-    """Swin-B ReLA as published, with the parameter names of its checkpoints.
+    """ReLA as published, with the parameter names of its checkpoints.
 
     Args:
         source: folder of the original repository.
+        sizes: of the network; None for the published Swin-B.
 
     Raises:
         ValueError: `source` is not the original repository.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, sizes: Sizes | None = None) -> None:
         super().__init__()
         if not (source / "gres_model" / "GRES.py").is_file():
             raise ValueError(f"{source} has no gres_model/GRES.py: give a checkout of the original ReLA repository")
         swin, pixels, regions = _import_parts(source)
-        channels = {f"res{i + 2}": _Shape(128 * 2**i, 4 * 2**i) for i in range(4)}
-        self.text_encoder = BertModel(BertConfig(), add_pooling_layer=False)
+        sizes = sizes or Sizes()
+        channels = {f"res{i + 2}": _Shape(sizes.channels * 2**i, 4 * 2**i) for i in range(4)}
+        self.text_encoder = BertModel(BertConfig(**sizes.text), add_pooling_layer=False)
         self.backbone = swin.MultiModalSwinTransformer(
-            embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window_size=12, drop_path_rate=0.3
+            embed_dim=sizes.channels,
+            depths=list(sizes.depths),
+            num_heads=list(sizes.window_heads),
+            window_size=sizes.window,
+            drop_path_rate=0.3,
         )
         self.sem_seg_head = nn.Module()
         self.sem_seg_head.pixel_decoder = pixels.MSDeformAttnPixelDecoder(
             channels,
             transformer_dropout=0.0,
-            transformer_nheads=8,
-            transformer_dim_feedforward=1024,
-            transformer_enc_layers=6,
-            conv_dim=256,
-            mask_dim=256,
+            transformer_nheads=sizes.heads,
+            transformer_dim_feedforward=sizes.pixel_ffn,
+            transformer_enc_layers=sizes.pixel_layers,
+            conv_dim=sizes.hidden,
+            mask_dim=sizes.hidden,
             norm="GN",
             transformer_in_features=["res3", "res4", "res5"],
             common_stride=4,
         )
         self.sem_seg_head.predictor = regions.MultiScaleMaskedReferringDecoder(
-            in_channels=256,
+            in_channels=sizes.hidden,
             num_classes=1,
-            hidden_dim=256,
+            hidden_dim=sizes.hidden,
             num_queries=100,
-            nheads=8,
-            dim_feedforward=2048,
-            dec_layers=9,
+            nheads=sizes.heads,
+            dim_feedforward=sizes.region_ffn,
+            dec_layers=sizes.region_layers,
             pre_norm=False,
-            mask_dim=256,
+            mask_dim=sizes.hidden,
             enforce_input_project=False,
         )
 
@@ -68,6 +92,25 @@ class OriginalRela(nn.Module):
         features = self.backbone(pixel_values, text, attention_mask.unsqueeze(-1))
         mask_features, _, levels = self.sem_seg_head.pixel_decoder.forward_features(features)
         return self.sem_seg_head.predictor(levels, mask_features, text)
+
+
+class DropPath(nn.Module):
+    """timm's stochastic depth: whole samples of a branch are dropped, the others divided by what is kept."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = self.drawn(len(x), 1 - self.rate).view(-1, *[1] * (x.ndim - 1))
+        return x * keep / (1 - self.rate)
+
+    @staticmethod
+    def drawn(samples: int, probability: float) -> torch.Tensor:
+        """1 for samples that stay, else 0."""
+        return torch.empty(samples).bernoulli_(probability)
 
 
 class _Shape:
@@ -108,7 +151,7 @@ def _import_parts(source: Path) -> list[types.ModuleType]:
     registry = _Registry("")
     replacements = {
         "timm.models.layers": {
-            "DropPath": lambda rate: nn.Identity(),
+            "DropPath": DropPath,
             "to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x),
             "trunc_normal_": nn.init.trunc_normal_,
         },

@@ -5,6 +5,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+MASKED = 1e4  # subtracted from the logit of a masked token: its weight is 0 in every type, and the logit finite
+
 
 class Attention(nn.Module):
     """Multi-head attention whose queries, keys and values may come from three different tensors.
@@ -69,6 +71,14 @@ def attend(
     function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
     scaling = query.shape[-1] ** -0.5
     return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=False)[0]
+
+
+def text_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The padding mask (batch, tokens) of a text encoder as what is added to its logits: (batch, 1, 1, tokens).
+
+    From a mask of two dimensions transformers reads whether any token is padding, for which the host waits.
+    """
+    return None if attention_mask is None else (attention_mask[:, None, None].to(dtype) - 1) * MASKED
 
 
 def eager_attention(

@@ -9,11 +9,6 @@ import torch
 NON_FINITE_COST = 1e6  # replaces a matching cost that is nan or infinite
 
 
-def upload(numbers: Sequence, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a few Python numbers; unlike `torch.tensor(..., device=device)` it does not wait for the device."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
-
-
 class Matches(NamedTuple):
     """Matched pairs of queries and targets of a batch, (pairs,) each."""
 
@@ -114,11 +109,19 @@ def assign(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def mean_count(counts: torch.Tensor) -> torch.Tensor:
     """Sum of `counts` averaged over the processes of a distributed run, as gradients are; at least 1."""
-    total = counts.sum().float()
+    return mean_over_processes(counts.sum().float()).clamp(min=1)
+
+
+def mean_over_processes(total: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over the processes of a distributed run; all of them must call this together.
+
+    A sum divided by it, averaged over the processes as gradients are, is the value of one process with all samples.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total.clone()
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()
-    return total.clamp(min=1)
+    return total
 
 
 def _area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,24 @@ class ReferringImageProcessor(PilBackend):
         array = array[..., 0] if array.shape[2] == 1 else array
         return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
+    def normalize_pixels(self, pixels: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Rescale and normalise resized uint8 images on their device, as `preprocess` does.
+
+        Args:
+            pixels: (images, 3, height, width) uint8.
+            pixel_mask: (images, height, width), 0 on padding, which stays 0; None without padding.
+
+        Returns:
+            fp32, equal to the image processor's own values: on a CPU bit for bit.
+        """
+        factor = self.rescale_factor if self.do_rescale else 1.0
+        scale, shift = (
+            torch.from_numpy(x).to(pixels.device, non_blocking=True)
+            for x in scale_and_shift(factor, self.image_mean, self.image_std, self.do_normalize)
+        )
+        normalized = pixels.float().mul_(scale).add_(shift)
+        return normalized if pixel_mask is None else normalized.mul_(pixel_mask[:, None])
+
     def _as_uint8(self, image: np.ndarray | torch.Tensor) -> np.ndarray:
         """uint8 of any array or tensor whose type and range are unambiguous."""
         if isinstance(image, torch.Tensor):

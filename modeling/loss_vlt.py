@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 
+from .boxes import mean_over_processes
+
 
 def mask_loss(logits: torch.Tensor, masks: torch.Tensor, no_target: torch.Tensor | None = None) -> torch.Tensor:
     """Binary cross entropy summed over the pixels, not averaged, and averaged over the sentences with a target.
 
-    The published training has no sentences without target; here they have weight 0.
+    The published training has no sentences without target; here they have weight 0. The number of targets is that of
+    all processes of a distributed run: they must call this together.
 
     Args:
         logits: (B, 1, h, w).
@@ -18,7 +21,8 @@ def mask_loss(logits: torch.Tensor, masks: torch.Tensor, no_target: torch.Tensor
     losses = losses.sum((1, 2))  # (B,)
     if no_target is None:
         return losses.mean()
-    return (losses * ~no_target).sum() / (~no_target).sum().clamp(min=1)
+    targets = mean_over_processes((~no_target).sum().float())
+    return (losses * ~no_target).sum() / targets.clamp(min=1e-6)  # 0 / 1e-6 without any target
 
 
 def kernel_squares(model: nn.Module) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, RobertaModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention import text_mask
 from .configuration_mdetr import MdetrConfig
 from .image_index import check_image_index, per_sentence, refuse_data_parallel
 from .loss_mdetr import LayerOutput, grounding_loss
@@ -138,8 +139,9 @@ class MdetrModel(MdetrPreTrainedModel):
         check_image_index(input_ids.shape[0], pixel_values.shape[0], image_index)
         image = self._encode_image(pixel_values, pixel_mask)
         pixels, mask, position = (per_sentence(x, image_index) for x in image)
+        text_dtype = next(self.text_encoder.parameters()).dtype
+        words = self.text_encoder(input_ids, attention_mask=text_mask(attention_mask, text_dtype)).last_hidden_state
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        words = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.text_dropout(self.text_norm(self.text_projection(words)))
         # Positions of words are 0: RoBERTa has encoded their order.
         memory, position = torch.cat([pixels, words], dim=1), torch.cat([position, torch.zeros_like(words)], dim=1)
@@ -202,12 +204,19 @@ class Backbone(ResNet):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) -> (images, channels, height / 32, width / 32), both rounded up."""
-        # not by `requires_grad`, which `from_pretrained` does not restore
+        # not by `requires_grad` alone, which `from_pretrained` does not restore
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_stem):
             x = self.layers[0](self.stem(pixel_values))
         for layer in self.layers[1:]:
             x = layer(x)
         return x.permute(0, 3, 1, 2)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As the parent; DistributedDataParallel must not wait for gradients of what is not trained."""
+        if self.freeze_stem:
+            for module in (self.conv1, self.layers[0]):
+                module.requires_grad_(False)
+        return super().train(mode)
 
 
 def _unit(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:

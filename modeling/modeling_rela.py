@@ -16,6 +16,7 @@ from transformers import BertModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention import text_mask
 from .configuration_rela import RelaConfig
 from .fusion_rela import LanguageGate, full_precision
 from .image_index import check_image_index, per_sentence, refuse_data_parallel
@@ -180,8 +181,9 @@ class RelaModel(RelaPreTrainedModel):
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
         check_image_index(input_ids.shape[0], pixel_values.shape[0], image_index)
+        mask = text_mask(attention_mask, _dtype(self.text_encoder))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        text = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        text = self.text_encoder(input_ids, attention_mask=mask).last_hidden_state
         dtype = _dtype(self.vision_encoder)
         features, stages = self.vision_encoder(pixel_values.to(dtype), text.to(dtype), attention_mask, image_index)
         with torch.autocast(pixel_values.device.type, enabled=False):

@@ -4,14 +4,15 @@ Source: Mask2Former (CVPR 2022) section 3.2 and the original msdeformattn.py; in
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .boxes import upload
 from .configuration_rela import RelaConfig
+from .device_tensors import made_once, upload
 from .fusion_rela import one_by_one
 
 
@@ -97,10 +98,8 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, pixels: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
         """(batch, pixels, channels) x 2 -> the same; `shapes` are (height, width) of the levels in pixel order."""
-        sides = upload([(width, height) for height, width in shapes], query.device, query.dtype)
         offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
-        # Reference points are pixel centres; on a level of width w, coordinate u of 0..1 lies at pixel u * w - 0.5.
-        points = pixel_centres(shapes, query)[:, None, None, None] * sides[:, None] - 0.5 + offsets
+        points = reference_points(tuple(shapes), query.device, query.dtype)[:, None, :, None] + offsets
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.levels, self.points))
         values = self.value(pixels).unflatten(-1, (self.heads, -1))
@@ -140,16 +139,13 @@ def gather_points(
     padded = [nn.functional.pad(x.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2) for x, shape in levels]
     # Rows after the last level, for the right and lower neighbours of its last pixel; their weight is 0.
     table = torch.cat([*padded, values.new_zeros(batch, shapes[-1][1] + 4, heads, channels)], dim=1)
-    # 2. Row of pixel (x, y) of a level: y * stride + x + start.
-    stride = [width + 2 for _, width in shapes]
-    start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
-    whole = {"device": values.device, "dtype": torch.int32}
-    per_level = upload([stride, start, *zip(*shapes, strict=True)], values.device, torch.int32)[..., None]
-    stride, start, height, width = per_level.expand(-1, -1, points.shape[-2]).flatten(1)  # (levels * points,) each
+    # 2. Row of pixel (x, y) of a level: y * stride + x + start; (levels * points,) each.
+    stride, start, height, width = level_layout(tuple(shapes), points.shape[-2], values.device)
     x, y = (coordinate.flatten(3) for coordinate in points.unbind(-1))
     x, y = (u.clamp(min=torch.full_like(side, -1), max=side) for u, side in ((x, width), (y, height)))
     left, top = x.detach().floor(), y.detach().floor()
     # 3. One bag per query and head. Rows of the flattened table are ordered (sample, padded pixel, head).
+    whole = {"device": values.device, "dtype": torch.int32}
     first = torch.arange(batch, **whole)[:, None] * table.shape[1] * heads
     first = (first + torch.arange(heads, **whole))[:, None, :, None]
     top_left = (top.int() * stride + left.int() + start) * heads + first  # (batch, queries, heads, levels * points)
@@ -168,7 +164,31 @@ def gather_points(
     return sums.view(batch, -1, heads, channels)
 
 
-def pixel_centres(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+@made_once
+def level_layout(
+    shapes: tuple[tuple[int, int], ...], points: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stride and start of each level's rows in the table of `gather_points`, and its height and width, for each point.
+
+    (levels * points,) int32 each.
+    """
+    stride = [width + 2 for _, width in shapes]
+    start = [sum((h + 2) * (w + 2) for h, w in shapes[:i]) + stride[i] + 1 for i in range(len(shapes))]
+    per_level = upload([stride, start, *zip(*shapes, strict=True)], device, torch.int32)[..., None]
+    return per_level.expand(-1, -1, points).flatten(1).unbind()
+
+
+@made_once
+def reference_points(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Where the centre of each pixel of all levels lies on each level, in its pixels: (pixels, levels, 2) x and y.
+
+    On a level of width w, coordinate u of 0..1 lies at pixel u * w - 0.5.
+    """
+    sides = upload([(width, height) for height, width in shapes], device, dtype)
+    return pixel_centres(shapes, sides)[:, None] * sides - 0.5
+
+
+def pixel_centres(shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """Centres of all pixels of all levels, in 0..1: (pixels, 2) x and y, dtype and device of `like`."""
     centres = []
     for height, width in shapes:
@@ -178,6 +198,7 @@ def pixel_centres(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Te
     return torch.cat(centres)
 
 
+@made_once
 def sine_positions(height: int, width: int, channels: int, device: torch.device) -> torch.Tensor:
     """DETR's sine positions of a map, y in the first half of the channels: (height * width, channels), fp32."""
     half = channels // 2

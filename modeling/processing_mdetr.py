@@ -61,6 +61,7 @@ class MdetrProcessor(ReferringProcessor):
         category_ids: Sequence[int] = (),
         training: bool = False,
         share_images: bool = False,
+        uint8_pixels: bool = False,
     ) -> "MdetrCollator":
         """See `ReferringProcessor`; MDETR learns no categories, and `category_ids` are not used.
 
@@ -72,7 +73,7 @@ class MdetrProcessor(ReferringProcessor):
                 f"num_positions={self.num_positions} of the processor differs from num_positions="
                 f"{config.num_positions} of the model: make the processor with the model's"
             )
-        return MdetrCollator(self, text_column, training, share_images)
+        return MdetrCollator(self, text_column, training, share_images, uint8_pixels)
 
     def columns(self, training: bool, config: MdetrConfig | None = None) -> list[str]:
         """See `ReferringProcessor`. In training, objects tell which targets are crowds."""
@@ -154,7 +155,7 @@ class MdetrCollator:
         processor: makes the model inputs.
         text_column: "sentence", as published, or "raw".
         training: whether to add the labels of the loss.
-        share_images: see `ReferringProcessor.collator`.
+        share_images, uint8_pixels: see `ReferringProcessor.collator`.
     """
 
     def __init__(
@@ -163,8 +164,10 @@ class MdetrCollator:
         text_column: str = "sentence",
         training: bool = True,
         share_images: bool = True,
+        uint8_pixels: bool = False,
     ) -> None:
         self.processor = processor
+        self.uint8_pixels = uint8_pixels
         self.text_column = text_column
         self.training = training
         self.share_images = share_images
@@ -173,11 +176,7 @@ class MdetrCollator:
         """Batch of `MdetrModel.forward` inputs with `labels`: those of `measuring_labels` and of `loss_mdetr`."""
         check_rows(rows)
         images, image_index = group_by_image(rows)
-        batch = self.processor(
-            images=[row["image"] for row in images],
-            text=[row[self.text_column] for row in rows],
-            image_index=image_index,
-        )
+        batch = self.processor.inputs_of_rows(rows, images, image_index, self.text_column, self.uint8_pixels)
         loss_labels = self._loss_labels(rows) if self.training else {}
         batch = {**batch, "labels": {**measuring_labels(rows), **loss_labels}}
         return batch if self.share_images else repeat_images(batch)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .boxes import cxcywh_to_xyxy, upload
+from .boxes import cxcywh_to_xyxy
 from .configuration_rela import RelaConfig
+from .device_tensors import upload
 from .image_processing_rela import RelaImageProcessor, image_sizes
 from .masks import decode_mask, encode_mask
 from .referring_processor import (
@@ -68,10 +69,11 @@ class RelaProcessor(ReferringProcessor):
         category_ids: Sequence[int] = (),
         training: bool = False,
         share_images: bool = False,
+        uint8_pixels: bool = False,
     ) -> "RelaCollator":
         """See `ReferringProcessor`. Objects are labelled where the model has an instance branch."""
         instances = None if config is None else bool(config.num_instance_queries)
-        return RelaCollator(self, category_ids, text_column, training and instances, share_images)
+        return RelaCollator(self, category_ids, text_column, training and instances, share_images, uint8_pixels)
 
     def columns(self, training: bool, config: RelaConfig | None = None) -> list[str]:
         """See `ReferringProcessor`. In training, objects are read for the instance branch and the category head."""
@@ -188,7 +190,7 @@ class RelaCollator:
         instances: whether to label the objects of the images for the instance branch; None where rows hold objects.
             The objects are those of the column "objects"; where rows have none, the targets of all sentences of the
             batch about the image.
-        share_images: see `ReferringProcessor.collator`.
+        share_images, uint8_pixels: see `ReferringProcessor.collator`.
     """
 
     def __init__(
@@ -198,8 +200,10 @@ class RelaCollator:
         text_column: str = "sentence",
         instances: bool | None = False,
         share_images: bool = True,
+        uint8_pixels: bool = False,
     ) -> None:
         self.processor = processor
+        self.uint8_pixels = uint8_pixels
         self.instances = instances
         self.share_images = share_images
         self.category_index = {category: i + 1 for i, category in enumerate(category_ids)}
@@ -217,11 +221,7 @@ class RelaCollator:
         """
         check_rows(rows)
         images, image_index = group_by_image(rows)
-        batch = self.processor(
-            images=[row["image"] for row in images],
-            text=[row[self.text_column] for row in rows],
-            image_index=image_index,
-        )
+        batch = self.processor.inputs_of_rows(rows, images, image_index, self.text_column, self.uint8_pixels)
         shape = tuple(batch["pixel_values"].shape[-2:])
         masks = np.stack([self._mask(row, shape) for row in rows])
         labels = {"masks": torch.from_numpy(masks), **measuring_labels(rows)}

@@ -61,8 +61,10 @@ class VltProcessor(ReferringProcessor):
         category_ids: Sequence[int] = (),
         training: bool = False,
         share_images: bool = False,
+        uint8_pixels: bool = False,
     ) -> "VltCollator":
-        """See `ReferringProcessor`; batches are the same in training, and `category_ids` are not used."""
+        """See `ReferringProcessor`; batches are the same in training, and pixels are never uint8: images are
+        letterboxed. `category_ids` are not used."""
         return VltCollator(self, text_column, share_images)
 
     def columns(self, training: bool, config: VltConfig | None = None) -> list[str]:

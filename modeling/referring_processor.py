@@ -118,6 +118,7 @@ class ReferringProcessor(ProcessorMixin):
         category_ids: Sequence[int] = (),
         training: bool = False,
         share_images: bool = False,
+        uint8_pixels: bool = False,
     ) -> Collator:
         """A function from expression rows of `grefcoco.load` to a batch with labels; an image is processed once.
 
@@ -131,8 +132,35 @@ class ReferringProcessor(ProcessorMixin):
             training: whether to add the labels of the losses to those of measuring (see `measuring_labels`).
             share_images: sentences of one batch about one image share its pixels and its objects' labels, found by
                 `image_index`. Faster; only for loops that never cut a batch.
+            uint8_pixels: give resized images as uint8, a quarter of the bytes, for loops that call `normalize` after
+                the copy to the device. Letterboxed images, whose padding is a colour between two integers, and images
+                that are no PIL images stay normalised.
         """
         raise NotImplementedError
+
+    def normalize(self, batch: Batch) -> Batch:
+        """A batch with normalised pixels, where those of a collator with `uint8_pixels` are not yet."""
+        pixels = batch["pixel_values"]
+        if pixels.dtype != torch.uint8:
+            return batch
+        return {**batch, "pixel_values": self.image_processor.normalize_pixels(pixels, batch.get("pixel_mask"))}
+
+    def inputs_of_rows(
+        self,
+        rows: Sequence[dict],
+        images: Sequence[dict],
+        image_index: list[int],
+        text_column: str,
+        uint8_pixels: bool,
+    ) -> Batch:
+        """The model inputs of a collator's rows; see `group_by_image` and `collator`."""
+        pictures, text = [row["image"] for row in images], [row[text_column] for row in rows]
+        size = self.image_processor.size
+        uint8_pixels = uint8_pixels and (size["height"] is not None or size["shortest_edge"] is not None)
+        uint8_pixels = uint8_pixels and all(isinstance(picture, Image.Image) for picture in pictures)
+        settings = {"do_rescale": False, "do_normalize": False} if uint8_pixels else {}
+        batch = self(images=pictures, text=text, image_index=image_index, **settings)
+        return {**batch, "pixel_values": batch["pixel_values"].to(torch.uint8)} if uint8_pixels else batch
 
     def columns(self, training: bool, config: PreTrainedConfig | None = None) -> list[str]:
         """The columns of expression rows that `collator` reads, with the same `training` and `config`."""

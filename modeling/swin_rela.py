@@ -3,6 +3,7 @@
 Parameter names follow the official Swin release, so that its ImageNet weights load by name.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend
 from .configuration_rela import RelaConfig
+from .device_tensors import made_once
 
 
 class SwinTrunk(nn.Module):
@@ -96,14 +98,30 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, windows: "Windows") -> torch.Tensor:
         """(images, height, width, channels) -> the same."""
-        x = x + self._drop(self.attn(self.norm1(x), windows))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        x = self._add(x, lambda y: self.attn(self.norm1(y), windows))
+        return self._add(x, lambda y: self.mlp(self.norm2(y)))
 
-    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x plus a branch of it, which in training is computed only for the images that stochastic depth keeps."""
         if not self.training or self.drop_path == 0.0:
-            return branch
-        keep = torch.empty(len(branch), 1, 1, 1, device=branch.device).bernoulli_(1 - self.drop_path)
-        return branch * (keep / (1 - self.drop_path)).to(branch.dtype)
+            return x + branch(x)
+        probability, compiling = 1 - self.drop_path, torch.compiler.is_compiling()
+        # Eager: drawn on the CPU, so that nothing waits for the device. A compiler needs a fixed number of images.
+        kept = self.kept_samples(len(x), probability, x.device if compiling else torch.device("cpu"))
+        index = None if compiling else kept.nonzero()[:, 0]
+        if index is None or len(index) in (0, len(x)):  # without any image, the parameters still get gradients
+            y = branch(x)
+            factor = kept.to(y.device, y.dtype, non_blocking=True) / probability
+            return x + y * factor.view(-1, 1, 1, 1)
+        index = index.to(x.device, non_blocking=True)
+        y = branch(x.index_select(0, index)) / probability
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return x.to(dtype).index_add(0, index, y.to(dtype))
+
+    @staticmethod
+    def kept_samples(samples: int, probability: float, device: torch.device) -> torch.Tensor:
+        """1 for samples that are kept, else 0."""
+        return torch.empty(samples, device=device).bernoulli_(probability)
 
 
 class Mlp(nn.Module):
@@ -214,6 +232,7 @@ class Windows(NamedTuple):
     mask: torch.Tensor | None  # (windows, slots, slots) -100 between patches that are no neighbours; None unshifted
 
 
+@made_once
 def partition(height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
     """Partition a map of height x width patches, padded at the right and bottom and shifted cyclically by `shift`."""
     down, right = -height % window, -width % window

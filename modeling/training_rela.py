@@ -51,7 +51,8 @@ def new_model(
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, tower_rates: dict[str, float] | None = None
 ) -> list[dict[str, object]]:
-    """As the original train_net.py: norms, embeddings and position tables without decay, BERT's norms with it.
+    """As the original train_net.py: norms, embeddings and position tables without decay; BERT's norms with it, and the
+    level embedding of the pixel decoder, which is a plain parameter there.
 
     Args:
         model: parameters that require no gradient are skipped.
@@ -65,7 +66,8 @@ def parameter_groups(
         norm = isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm) and not path.startswith("text_encoder")
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                undecayed = norm or isinstance(module, torch.nn.Embedding) or name == "relative_position_bias_table"
+                embedding = isinstance(module, torch.nn.Embedding) and path != "pixel_decoder.level_embed"
+                undecayed = norm or embedding or name == "relative_position_bias_table"
                 tower = max((prefix for prefix in rates if f"{path}.{name}".startswith(prefix)), key=len)
                 members.setdefault((tower, undecayed), []).append(parameter)
     return [

@@ -49,12 +49,12 @@ class OwnModel:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model, self.processor = model.eval().to(processes().device), processor
         self.columns = processor.columns(training=False)
-        self.collate = processor.collator(model.config, share_images=True)
+        self.collate = processor.collator(model.config, share_images=True, uint8_pixels=True)
         self.origin = {"revision": revision(model)}
 
     @torch.inference_mode()
     def __call__(self, rows: list[dict]) -> list[Answer]:
-        batch = send_to_device(self.collate(rows), self.model.device)
+        batch = self.processor.normalize(send_to_device(self.collate(rows), self.model.device))
         batch.pop("labels")
         return answers_of(self.processor, self.model(**batch), rows)
 

@@ -71,6 +71,7 @@ def test_flags_win_over_the_recipe():
         ("dataset: x\naugmentation: {flips: 1}", "'flips' is none of hard_negatives, flip, colour, scale"),
         ("dataset: x\naugmentation: {flip: 2}", "flip is 2; it must be a number from 0 to 1"),
         ("dataset: x\naugmentation: flip", "augmentation is 'flip'; it must be a mapping"),
+        ("dataset: x\nreport_to: mlflow", "report_to is 'mlflow'; it must be one of tensorboard, wandb, none"),
         ("dataset: x\nema_decay: 1.5", "ema_decay is 1.5; it must be at least 0 and less than 1"),
         ("dataset: x\nsplit: test", "test"),
     ],
@@ -84,6 +85,13 @@ def test_a_bad_recipe_is_one_clear_line(text, message, tmp_path, dataset, capsys
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("training.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"report_to is 'wandb', which is not installed: `pip install wandb`"):
+        train.parse_config(["--dataset", "x", "--report_to", "wandb"])
+    assert train.parse_config(["--dataset", "x", "--report_to", "none"]).report_to == "none"
 
 
 def test_flags_are_not_abbreviated_and_the_help_names_the_recipe(capsys):

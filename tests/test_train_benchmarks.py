@@ -1,6 +1,7 @@
 """benchmarks/gpu.py runs from its command to its file on a CPU, at tiny sizes."""
 
 import json
+import time
 
 import pytest
 
@@ -39,6 +40,15 @@ def test_the_sections_are_filled(result):
     assert {row["candidate"] for row in cores} == {"embedding_bag", "grid_sample"}
     assert all(row["forward_and_backward_ms"] > row["forward_ms"] > 0 for row in cores)
     assert set(result["synchronisations"]) == {f"{name} {work}" for name in gpu.MODELS for work in ("step", "forward")}
+
+
+def test_a_row_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "cases", lambda: [gpu.Case("unified", "fp32", "step", 2, 2)])
+    monkeypatch.setattr(gpu, "row", lambda case, rate: time.sleep(60))
+    monkeypatch.setattr(gpu, "LAST_ROW", 0.5)
+    gpu.main(["--out", str(tmp_path / "gpu.json"), "--minutes", "0.01"])
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert row["error"] == "no time is left"
 
 
 def test_rows_that_no_time_is_left_for_are_listed(tmp_path):

@@ -10,9 +10,12 @@ import torch
 from transformers import Trainer
 
 import grefcoco
+from modeling.loss_rela import category_loss, referring_loss
+from modeling.loss_vlt import mask_loss
 from modeling.modeling_mdetr import MdetrModel
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator
+from modeling.region_decoder_rela import RegionOutput
 from tests import tiny_mdetr
 from tests.processes import start_group
 from tests.tiny_rela import BETTER_LOSS, INSTANCES, expression_rows, tiny_config, tiny_processor
@@ -28,10 +31,10 @@ def dataset(scenes_dataset):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """The folder of a model whose loss is a mean over sentences."""
+    """The folder of a model with the published loss, a mean weighted by class."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    RelaModel(tiny_config(**INSTANCES, **BETTER_LOSS, class_weights=[1.0, 1.0])).save_pretrained(folder)
+    RelaModel(tiny_config(**INSTANCES, class_weights=[0.5, 2.0])).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
 
@@ -119,6 +122,40 @@ def test_batches_that_accelerate_dispatches_are_whole_or_refused(dataset, saved,
     sent_ids = ranks[0][0][0] + ranks[1][0][0]
     assert len(set(sent_ids)) == GLOBAL_BATCH
     assert (ranks[0][0][1] + ranks[1][0][1]) / 2 == pytest.approx(loss_of(dataset, saved, sent_ids), rel=1e-5)
+
+
+def losses_of_a_part(out: Path) -> None:
+    """The losses of this process's part of a batch, in a distributed run: parts differ in targets and objects."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    logits = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    minimap, no_target = torch.randn(4, 16, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    masks = (torch.rand(4, 32, 32) > torch.tensor([0.9, 0.2, 0.99, 0.8])[:, None, None]).double()
+    categories = torch.randint(-1, 3, (4, 8, 8))
+    categories[categories < 0] = -100
+    categories[1] = -100
+    part = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    empty = torch.tensor([False, False, True, True])
+    region = RegionOutput(logits[part], minimap[part], no_target[part], None)
+    losses = {"category": category_loss(logits.repeat(1, 2, 1, 1)[part], categories[part])}
+    losses["vlt"] = mask_loss(logits[part, :1], masks[part, :8, :8], empty[part])
+    for soft in (False, True):
+        config = tiny_config(class_weights=[0.5, 2.0], soft_minimap=soft)
+        losses |= {
+            f"{soft} {name}": x for name, x in referring_loss([region], masks[part], empty[part], config)[1].items()
+        }
+    (out / f"{size}-{rank}.json").write_text(json.dumps({name: loss.item() for name, loss in losses.items()}))
+
+
+def test_losses_of_two_processes_average_to_those_of_one(tmp_path):
+    for process in [*start_group(1, losses_of_a_part, tmp_path), *start_group(2, losses_of_a_part, tmp_path)]:
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
+    one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert len(one) == 8
+    for name, loss in one.items():
+        assert (two[0][name] + two[1][name]) / 2 == pytest.approx(loss, rel=1e-6), name
 
 
 @pytest.mark.parametrize("kind", ["rela", "mdetr"])

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -93,10 +94,16 @@ class TrainConfig:
             "mixed_precision": ("no", "fp16", "bf16"),
             "text_column": ("sentence", "raw"),
             "hub_strategy": ("end", "checkpoint"),
+            "report_to": ("tensorboard", "wandb", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        tracker = self.report_to
+        if tracker != "none" and find_spec(tracker) is None:
+            raise ValueError(
+                f"report_to is {tracker!r}, which is not installed: `pip install {tracker}`, or choose none"
+            )
         positive = ("max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "image_size")
         positive += ("eval_steps", "checkpointing_steps", "checkpoints_total_limit", "sentences_per_image")
         for name in positive:
