@@ -1,4 +1,4 @@
-"""What is left of a sentence about a video: 49 bytes, from which every score follows."""
+"""What is left of a sentence about a video: 51 bytes, from which every score follows."""
 
 from __future__ import annotations
 
