@@ -116,14 +116,14 @@ def parse(grammar: str, text: str | None, width: int, height: int) -> Parsed:
 
     Args:
         grammar: a key of `GRAMMARS`.
-        text: the raw answer.
+        text: the raw answer; None is unreadable.
         width, height: of the image, in pixels.
 
     Raises:
         ValueError: a grammar that does not exist.
     """
     rules = named(grammar)
-    text = _final_answer(unicodedata.normalize("NFKC", text or ""))
+    text = None if text is None else _final_answer(unicodedata.normalize("NFKC", text))
     if text is None:
         return Parsed([], "unreadable")
     # a sentence may hold numbers in brackets; one that was cut off goes on to the end of the text
