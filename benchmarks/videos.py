@@ -202,8 +202,6 @@ def measure_build(work: Path) -> None:
 
 
 def measure_stream(work: Path) -> None:
-    import torch.utils.data  # noqa: F401 (datasets imports it for a stream; that is not the time of the data)
-
     start = time.perf_counter(), time.process_time()
     rows = iter(grefcoco.load(work / "built", config="mevis_v2", split="train", streaming=True))
     next(rows)

@@ -26,7 +26,7 @@ from grefcoco_data.annotations import Problems
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.pictures import decode_image
-from grefcoco_data.rows import EXPRESSION_FEATURES, RLE, list_column
+from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
 
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads
@@ -188,17 +188,19 @@ def load_videos(
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
-            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other.
+            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
+            only, those of `IMAGE_FEATURES`, one row per frame.
         columns: Columns to keep; without images, no image is read.
 
     Raises:
         ValueError: unknown configuration, split, layout or column.
     """
     video_collection_of(config)
-    available = {"video": list(VIDEO_FEATURES)}.get(layout, [*EXPRESSION_FEATURES, "objects"])
-    if layout not in ("video", "frame", "expression"):
-        raise ValueError(f"Unknown layout {layout!r}; choose 'video' or 'frame'.")
-    columns = list(VIDEO_FEATURES if layout == "video" else EXPRESSION_FEATURES) if columns is None else list(columns)
+    features = {"video": VIDEO_FEATURES, "image": IMAGE_FEATURES}.get(layout, EXPRESSION_FEATURES)
+    if layout not in ("video", "frame", "expression") and not (layout == "image" and streaming):
+        raise ValueError(f"Unknown layout {layout!r}; choose 'video' or 'frame', of a stream also 'image'.")
+    available = [*features, "objects"] if features is EXPRESSION_FEATURES else list(features)
+    columns = list(features if columns is None else columns)
     if unknown := set(columns) - set(available):
         raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(available)}.")
     with_images = "frames" in columns or "image" in columns
@@ -223,6 +225,8 @@ def _arrange(
     # in two steps: a frame is decoded when its first sentence is read, not all frames of the video
     stream = stream.map(_split, batched=True, batch_size=1, remove_columns=stored)
     names = {"remove_columns": ["video", "frame"], "fn_kwargs": {"columns": columns}}
+    if layout == "image":
+        return stream.map(_image_row, features=Features({name: IMAGE_FEATURES[name] for name in columns}), **names)
     return stream.map(_explode, batched=True, batch_size=1, **names)
 
 
@@ -239,6 +243,15 @@ def _explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
     image = decode_image(video["frames"][frame]) if "image" in columns else None
     rows = [frame_row(video, frame, expression, columns) | {"image": image} for expression in video["expressions"]]
     return {name: [row[name] for row in rows] for name in columns}
+
+
+def _image_row(row: dict, columns: Sequence[str]) -> dict:
+    """Columns of the image row that a frame is."""
+    video, frame = row["video"], row["frame"]
+    sentences = [frame_row(video, frame, item, () if i else columns) for i, item in enumerate(video["expressions"])]
+    expressions = [{name: sentence[name] for name in EXPRESSION} for sentence in sentences]
+    values = sentences[0] | {"expressions": expressions}  # the first has the objects
+    return {name: video["frames"][frame] if name == "image" else values[name] for name in columns}
 
 
 def frame_row(video: dict, frame: int, expression: dict, columns: Sequence[str]) -> dict:
