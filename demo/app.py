@@ -370,8 +370,8 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Pipeline:
         raise ValueError(f"--model {model} has no config.json that names a model_type. `make demo` trains a model.")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"--model {model} is a {model_type} model, which this project has no classes for. "
-            "--trust-remote-code runs the Python files that come with it."
+            f"--model {model} is a {model_type} model, which this project has no classes for: measure it with "
+            "`python -m scoring predict`. --trust-remote-code runs the Python files that come with it."
         )
     network, processor = load_checkpoint(model)
     return ReferringPipeline(model=network, processor=processor)

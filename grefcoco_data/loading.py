@@ -121,7 +121,8 @@ def load(
         streaming: Yield rows without preparing anything on disk.
         layout: "expression" gives the columns of `EXPRESSION_FEATURES` (boxes xywh in pixels, masks as RLE at the
             size of the image, images RGB); "image" gives those of `IMAGE_FEATURES`, as stored. Data sets about
-            videos have "frame" (the same columns as "expression") and "video"; see `load_videos`.
+            videos have "frame" (the same columns as "expression") and "video", their streams also "image"; see
+            `load_videos`.
         columns: Columns to keep; without `image`, no image is read. The expression layout also has `objects`, the
             list of all objects of the image.
 

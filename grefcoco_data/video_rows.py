@@ -27,7 +27,7 @@ from grefcoco_data.images import image_size, pixel_fault
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.pictures import decode_image
-from grefcoco_data.rows import EXPRESSION_FEATURES, RLE, list_column
+from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
 
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads
@@ -188,19 +188,21 @@ def load_videos(
         split: Split to load; None loads all into a dictionary.
         streaming: Yield rows without preparing anything on disk.
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
-            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other. Map-style, a
-            transform reads images, boxes and masks: in another format, and in copies on disk, these columns hold
-            places such as `{"video": 0, "frame": 3, "sentence": 1}`. Streams hold the values.
+            `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
+            only, those of `IMAGE_FEATURES`, one row per frame. Map-style, a transform reads images, boxes and masks:
+            in another format, and in copies on disk, these columns hold places such as
+            `{"video": 0, "frame": 3, "sentence": 1}`. Streams hold the values.
         columns: Columns to keep; without images, no image is read.
 
     Raises:
         ValueError: unknown configuration, split, layout or column.
     """
     video_collection_of(config)
-    available = {"video": list(VIDEO_FEATURES)}.get(layout, [*EXPRESSION_FEATURES, "objects"])
-    if layout not in ("video", "frame", "expression"):
-        raise ValueError(f"Unknown layout {layout!r}; choose 'video' or 'frame'.")
-    columns = list(VIDEO_FEATURES if layout == "video" else EXPRESSION_FEATURES) if columns is None else list(columns)
+    features = {"video": VIDEO_FEATURES, "image": IMAGE_FEATURES}.get(layout, EXPRESSION_FEATURES)
+    if layout not in ("video", "frame", "expression") and not (layout == "image" and streaming):
+        raise ValueError(f"Unknown layout {layout!r}; choose 'video' or 'frame', of a stream also 'image'.")
+    available = [*features, "objects"] if features is EXPRESSION_FEATURES else list(features)
+    columns = list(features if columns is None else columns)
     if unknown := set(columns) - set(available):
         raise ValueError(f"Unknown columns {sorted(unknown)}; layout {layout!r} has {', '.join(available)}.")
     with_images = "frames" in columns or "image" in columns
@@ -220,23 +222,54 @@ def _arrange(
         return _frame_index(videos, columns)
     # as tables, as in `loading`: rows that Python functions make have no types of their own
     stored = [name for name in VIDEO_FEATURES if name != "frames" or "image" in columns]
+    of_images = layout == "image"
+    rows, features = (_image_table, _image_features) if of_images else (_frame_table, expression_features)
     stream = videos.select_columns(stored).with_format("arrow")
-    stream = stream.map(_frame_table, batched=True, batch_size=1, fn_kwargs={"columns": columns})
-    return stream.with_format(None).cast(expression_features(columns))
+    stream = stream.map(rows, batched=True, batch_size=1, fn_kwargs={"columns": columns})
+    return stream.with_format(None).cast(features(columns))
 
 
 def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn one video row, given as a table, into frame rows; the sentences of a frame share the bytes of its image."""
-    (video,) = videos.select([name for name in videos.column_names if name != "frames"]).to_pylist()
+    video = _without_frames(videos)
     places = [(frame, expression) for frame in range(len(video["frame_names"])) for expression in video["expressions"]]
     rows = [frame_row(video, frame, expression, columns) for frame, expression in places]
-    schema = expression_features(columns).arrow_schema
+    return _table(rows, expression_features(columns), videos, [frame for frame, _ in places])
+
+
+def _image_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Turn one video row, given as a table, into image rows, one per frame; none where the video has no sentence."""
+    video = _without_frames(videos)
+    frames = range(len(video["frame_names"]) if video["expressions"] else 0)
+    return _table([_image_row(video, frame, columns) for frame in frames], _image_features(columns), videos, frames)
+
+
+def _image_features(columns: Sequence[str]) -> Features:
+    return Features({name: IMAGE_FEATURES[name] for name in columns})
+
+
+def _without_frames(videos: pa.Table) -> dict[str, object]:
+    (video,) = videos.select([name for name in videos.column_names if name != "frames"]).to_pylist()
+    return video
+
+
+def _table(rows: Sequence[dict], features: Features, videos: pa.Table, frames: Sequence[int]) -> pa.Table:
+    """A table of rows, whose images are these frames of the one video."""
+    schema = features.arrow_schema
     table = pa.Table.from_pylist(rows, schema=schema)
-    if "image" in columns:
-        frames = pc.list_flatten(videos["frames"]).combine_chunks()
-        images = pa.chunked_array([frames.slice(frame, 1) for frame, _ in places], frames.type)
-        table = table.set_column(columns.index("image"), schema.field("image"), images)
+    if "image" in features:
+        stored = pc.list_flatten(videos["frames"]).combine_chunks()
+        images = pa.chunked_array([stored.slice(frame, 1) for frame in frames], stored.type)
+        table = table.set_column(schema.get_field_index("image"), schema.field("image"), images)
     return table
+
+
+def _image_row(video: dict, frame: int, columns: Sequence[str]) -> dict:
+    """Columns of the image row that a frame is, without the image."""
+    sentences = [frame_row(video, frame, item, () if i else columns) for i, item in enumerate(video["expressions"])]
+    expressions = [{name: sentence[name] for name in EXPRESSION} for sentence in sentences]
+    values = sentences[0] | {"expressions": expressions}  # the first has the objects
+    return {name: values[name] for name in columns if name != "image"}
 
 
 def frame_row(video: dict, frame: int, expression: dict, columns: Sequence[str]) -> dict:

@@ -28,6 +28,15 @@ class ReferringPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.processor, "no_target_threshold"):  # of ReferringProcessor, also from a model's own files
+            config = self.model.config
+            raise ValueError(
+                f"{config.name_or_path} is a {config.model_type} model, which has no referring-segmentation: "
+                "measure it with `python -m scoring predict`, or use the pipeline of its own task"
+            )
+
     def __call__(self, image: object, text: str | list[str] | None = None, **kwargs: object) -> object:
         """One answer for a sentence, a list of answers for a list.
 

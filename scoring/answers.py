@@ -83,7 +83,7 @@ def answers_of(processor: ProcessorMixin, outputs: object, rows: Sequence[dict])
     return answers
 
 
-def read_text(grammar: str, text: str, row: dict) -> Answer:
+def read_text(grammar: str, text: str | None, row: dict) -> Answer:
     """The answer of a language model, with its raw text; boxes score 1.
 
     Args:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import ClassVar
 
-from huggingface_hub import AsyncInferenceClient
+from huggingface_hub import AsyncInferenceClient, ChatCompletionOutput
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
 from PIL import Image
 
@@ -23,6 +25,9 @@ from scoring.grammars import named, prompt, resize
 
 RETRIES = 6  # of a request, after a fault that may pass
 FIRST_DELAY = 1.0  # seconds before the first retry; doubled for each other one
+# the last four: a body that is not JSON, or of another shape
+PASSING_ERRORS = (HTTPError, InferenceTimeoutError, ValueError, TypeError, AttributeError, RecursionError)
+MOST_DELAY = 60.0  # seconds, whatever the server asks for
 PASSING = {408, 409, 425, 429}  # status codes below 500 after which a request is repeated
 
 
@@ -66,7 +71,7 @@ class Endpoint:
         texts = asyncio.run(self._answer_all(rows))
         return [read_text(self.grammar, text, row) for text, row in zip(texts, rows, strict=True)]
 
-    async def _answer_all(self, rows: list[dict]) -> list[str]:
+    async def _answer_all(self, rows: list[dict]) -> list[str | None]:
         images = {row["image_id"]: row["image"] for row in rows}
         images = {image_id: data_uri(image, self.grammar) for image_id, image in images.items()}
         free = asyncio.Semaphore(self.concurrency)
@@ -76,7 +81,9 @@ class Endpoint:
                 *(self._answer(client, free, images[row["image_id"]], row["sentence"]) for row in rows)
             )
 
-    async def _answer(self, client: AsyncInferenceClient, free: asyncio.Semaphore, image: str, sentence: str) -> str:
+    async def _answer(
+        self, client: AsyncInferenceClient, free: asyncio.Semaphore, image: str, sentence: str
+    ) -> str | None:
         content = [
             {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": prompt(self.grammar, sentence)},
@@ -85,9 +92,9 @@ class Endpoint:
             for attempt in range(RETRIES + 1):
                 try:
                     completion = await client.chat_completion([{"role": "user", "content": content}], **self.options)
-                    return completion.choices[0].message.content or ""
-                except (HTTPError, InferenceTimeoutError, ValueError, TypeError, LookupError, AttributeError) as error:
-                    fault = error  # the last three: JSON of another shape
+                    return _content(completion)
+                except PASSING_ERRORS as error:
+                    fault = error
                 if not _may_pass(fault):
                     raise fault
                 if attempt < RETRIES:
@@ -102,6 +109,22 @@ def data_uri(image: Image.Image, grammar: str) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def _content(completion: ChatCompletionOutput) -> str | None:
+    """The text of an answer; None where the server gives none, such as after thoughts that were cut off.
+
+    Raises:
+        ValueError: an answer without a text.
+    """
+    if not completion.choices:
+        raise ValueError("the server's answer has no choices")
+    content = completion.choices[0].message.content
+    if isinstance(content, list):  # of parts
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise ValueError(f"the server's answer has a {type(content).__name__} for its text")
+    return content
+
+
 def _may_pass(fault: Exception) -> bool:
     if not isinstance(fault, HfHubHTTPError):
         return True
@@ -111,4 +134,8 @@ def _may_pass(fault: Exception) -> bool:
 def _delay(fault: Exception, attempt: int) -> float:
     """Seconds until the next request: what the server asks for, or twice as long as before."""
     asked = fault.response.headers.get("Retry-After", "") if isinstance(fault, HfHubHTTPError) else ""
-    return min(float(asked), 60.0) if asked.isdigit() else FIRST_DELAY * 2**attempt
+    try:
+        seconds = float(asked) if asked[:1].isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
+    except ValueError:
+        seconds = FIRST_DELAY * 2**attempt
+    return min(max(seconds, 0.0), MOST_DELAY)

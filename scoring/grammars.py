@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,25 +116,28 @@ def parse(grammar: str, text: str | None, width: int, height: int) -> Parsed:
 
     Args:
         grammar: a key of `GRAMMARS`.
-        text: the raw answer.
+        text: the raw answer; None is unreadable.
         width, height: of the image, in pixels.
 
     Raises:
         ValueError: a grammar that does not exist.
     """
     rules = named(grammar)
-    text = _without_thoughts(text or "")
+    text = None if text is None else _final_answer(unicodedata.normalize("NFKC", text))
     if text is None:
         return Parsed([], "unreadable")
-    text = re.sub(SPECIAL_TOKENS, "", text).strip()
-    boxes = [rules.read_box(match, width, height) for match in re.finditer(rules.pattern, text)]
+    # a sentence may hold numbers in brackets; one that was cut off goes on to the end of the text
+    numbers = re.sub(REPEATED_SENTENCE.replace("END", "|$"), "", text, flags=re.DOTALL)
+    numbers = re.sub(CORNER_PAIRS, r"\g<start>\g<first>,\g<last>", numbers)
+    boxes = [rules.read_box(match, width, height) for match in re.finditer(rules.pattern, numbers)]
     if boxes := [_in_image(box, width, height) for box in boxes if all(map(math.isfinite, box))]:
         return Parsed(boxes, "boxes")
-    text = re.sub(REPEATED_SENTENCE, "", text, flags=re.DOTALL).strip()
-    if re.search(NONE_FORMS, text, re.IGNORECASE) or re.fullmatch(rules.own_none, text):
+    words = re.sub(REPEATED_SENTENCE.replace("END", ""), "", text, flags=re.DOTALL).strip().replace("\u2019", "'")
+    if re.search(NONE_FORMS, words, re.IGNORECASE) or re.fullmatch(rules.own_none, words):
         return Parsed([], "none")
-    may_be_cut_off = re.search(r"[\[{<]|\(\d|\d,", text)  # the beginning of a box
-    says_none = not may_be_cut_off and re.search(NONE_WORDS, text, re.IGNORECASE)
+    may_be_cut_off = re.search(r"[\[{<]|\(\d|\d,", words)  # the beginning of a box
+    is_refused = re.search(REFUSAL_WORDS, words, re.IGNORECASE)
+    says_none = not may_be_cut_off and not is_refused and re.search(NONE_WORDS, words, re.IGNORECASE)
     return Parsed([], "none" if says_none else "unreadable")
 
 
@@ -181,10 +185,16 @@ def named(grammar: str) -> Grammar:
     return GRAMMARS[grammar]
 
 
-def _without_thoughts(text: str) -> str | None:
-    """The text after the last `</think>`; None when a thought was cut off."""
-    text = text.rpartition("</think>")[2]
-    return None if "<think>" in text else text
+def _final_answer(text: str) -> str | None:
+    """The text after the last thought, or what it marks as the answer; None when a thought was cut off."""
+    text = re.split(f"</{THOUGHT}>", text)[-1]
+    if re.search(f"<{THOUGHT}>", text):
+        return None
+    marked = [
+        match for match in re.finditer(MARKED_ANSWER, text, re.DOTALL) if match["content"].strip() or match["end"]
+    ]
+    text = "\n".join(match["content"].strip() or "[]" for match in marked) or text
+    return re.sub(SPECIAL_TOKENS, "", text).strip()
 
 
 def _in_image(box: Box, width: int, height: int) -> list[float]:
@@ -196,22 +206,42 @@ def _in_image(box: Box, width: int, height: int) -> list[float]:
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 CORNERS = ("x0", "y0", "x1", "y1")
-SPECIAL_TOKENS = r"<\|(?:im_end|endoftext|begin_of_box|end_of_box|eot_id)\|>|</?s>|<eos>|<bos>|<pad>|<end_of_turn>"
-REPEATED_SENTENCE = r"<ref>.*?</ref>|<\|object_ref_start\|>.*?<\|object_ref_end\|>|<phrase>.*?</phrase>"
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+MARKED_ANSWER = r"(?:<answer>|<\|begin_of_box\|>)(?P<content>.*?)(?P<end></answer>|<\|end_of_box\|>|$)"
+SPECIAL_TOKENS = r"<\|(?:im_end|endoftext|eot_id|end_of_box)\|>|</?s>|<eos>|<bos>|<pad>|<end_of_turn>"
+CORNER_PAIRS = (
+    r"""(?P<start>box\w{0,9}["']\s*:\s*\[)\s*\[(?P<first>[^][,]*,[^][,]*)\]\s*,\s*\[(?P<last>[^][,]*,[^][,]*)\]"""
+)
+# END stands for another way in which a repeated sentence can end
+REPEATED_SENTENCE = (
+    r"<ref>.*?(?:</ref>END)|<\|object_ref_start\|>.*?(?:<\|object_ref_end\|>END)|<phrase>.*?(?:</phrase>END)"
+    r"""|(?P<mark>["'])(?:label|name|text|sentence|phrase|caption|description|category|class|reason\w*|mask)(?P=mark)"""
+    r"""\s*:\s*(?P<quote>["']).*?(?:(?P=quote)(?=\s*[,}\]])END)|\balt\s*=\s*"[^"]*(?:"END)"""
+)
 NONE_FORMS = (
-    r'\[\s*\]|^(?:```\w*)?\s*\{\s*\}|"(?:bbox_2d|box_2d)"\s*:\s*(?:null|"none")'
+    r"""\[\s*(?:\{\s*\}|["']?(?:none|null)["']?)?\s*\]|^(?:```\w*)?\s*(?:\{\s*\}|null)"""
+    r"""|["']\s*:\s*(?:null|none|(?P<quote>["'])(?:none|null|n/a)(?P=quote))"""
     r"|<box>\s*(?:none)?\s*</box>|<\|box_start\|>\s*(?:none)?\s*<\|box_end\|>"
 )
+REFUSAL_WORDS = r"(?:\bcan't|\bcannot|\bcan not|\bunable to|\bnot able to) (?:view|access|open|process|analy[sz]e)\b"
+_THE_IMAGE = r"(?:(?:any|an?|the|this|that|your) )?(?:image|picture|photo)"
 NONE_WORDS = (
-    r"\b(?:none|null|nothing)\b|^no\W*$"
+    r"(?<!with )(?<!wearing )(?<!holding )(?<!doing )\b(?:none|null|nothing)\b"
+    r"|^no\W*$|^n/?a\W*$|\bnot applicable\b|\btotal of (?:0|zero)\b"
     r"|\bno (?:\w+ )?(?:such|match\w*|objects?|targets?|instances?|boxes|box|bounding|regions?|results?)\b"
+    r"|(?:^|[.:;,!?\n]\s*)no (?!image|picture|photo|doubt|question|idea|way|problem|longer)(?:[\w'-]+ ){1,8}?"
+    r"(?:is|are|was|were|can be|could be|exists?|appears?|match(?:es)?|fits?|found|visible|present|in (?:the|this))\b"
     r"|\bthere(?:'s| is| are|'re) no (?!image|picture|photo|way|doubt|question|information)"
     r"|\bthere (?:isn't|aren't|is not|are not)\b"
-    r"|(?:\bnot|n't) (?:present|found|visible|exist|appear|contain|show|include)\b"
+    r"|(?:\bnot|n't) (?:present|found|visible|exist|appear|contain|show|include|match|refer|correspond|depict)\b"
     r"|(?:\bnot|n't) in (?:the|this) (?:image|picture|photo)\b"
-    r"|(?:\bnot|n't|\bcannot) (?:see|find|locate|detect) (?:any|an?) (?!image|picture|photo)"
+    r"|(?:\bnot|n't|\bcannot|\bunable to|\bnot able to) (?:see|find|locate|detect|spot) "
+    rf"(?!{_THE_IMAGE})(?:any|an?|the)\b"
+    r"|\b(?:is|are) (?:absent|missing)\b(?! (?:an?|the|his|her|its|their)\b)"
 )
-_N = r"\s*(?P<{}>-?(?:\d+(?:\.\d*)?|\.\d+))\s*"  # one written number
+_QUOTE = r"""(?:["']\s*)?"""
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_N = rf"\s*{_QUOTE}(?P<{{}}>{_NUMBER})\s*{_QUOTE}"  # one written number; some models write it as a string
 
 
 def _numbers(template: str, names: Sequence[str] = CORNERS) -> str:
@@ -220,7 +250,8 @@ def _numbers(template: str, names: Sequence[str] = CORNERS) -> str:
     return "".join(part + _N.format(name) for part, name in zip(parts, names)) + parts[-1]
 
 
-_LIST = _numbers(r"\[N,N,N,N\]")
+_LIST_OF_FOUR = r"""[\[("']N,N,N,N(?:,\s*)?[\])"']"""
+_LIST = _numbers(_LIST_OF_FOUR)
 _CELL = r"0\d{3}|10[01]\d|102[0-3]"
 _KEYED = "".join(
     rf"""(?=[^{{}}]*["']{key}["']\s*:{_N.format(name)}[,}}])"""
@@ -234,7 +265,7 @@ def _json_grammar(key: str, order: str, **fields: object) -> Grammar:
     ask = f'Answer with a JSON list of {{{{"{key}": [{order}], "label": "..."}}}}, and with [] where there is none.'
     box = f'{{{{"{key}": [{", ".join(f"{{{name}}}" for name in names)}], "label": {{label}}}}}}'
     forms = {"answer": "```json\n[{boxes}]\n```", "none": "```json\n[]\n```"}
-    return Grammar(prompt=_ASK + ask, box=box, pattern=_numbers(r"\[N,N,N,N\]", names), **forms, **fields)
+    return Grammar(prompt=_ASK + ask, box=box, pattern=_numbers(_LIST_OF_FOUR, names), **forms, **fields)
 
 
 GRAMMARS: dict[str, Grammar] = {
@@ -265,7 +296,7 @@ GRAMMARS: dict[str, Grammar] = {
     "paligemma": Grammar(
         prompt="detect {sentence}",
         box="<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}> {sentence}",
-        pattern=r"<loc(?P<y0>\d{4})><loc(?P<x0>\d{4})><loc(?P<y1>\d{4})><loc(?P<x1>\d{4})>",
+        pattern=r"<loc(?P<y0>\d{4})>\s*<loc(?P<x0>\d{4})>\s*<loc(?P<y1>\d{4})>\s*<loc(?P<x1>\d{4})>",
         separator=" ; ",
         none="",
         own_none="",
@@ -275,7 +306,7 @@ GRAMMARS: dict[str, Grammar] = {
     "florence2": Grammar(
         prompt="<OPEN_VOCABULARY_DETECTION>{sentence}",
         box="<loc_{x0}><loc_{y0}><loc_{x1}><loc_{y1}>",
-        pattern=r"<loc_(?P<x0>\d+)><loc_(?P<y0>\d+)><loc_(?P<x1>\d+)><loc_(?P<y1>\d+)>",
+        pattern=r"<loc_(?P<x0>\d+)>\s*<loc_(?P<y0>\d+)>\s*<loc_(?P<x1>\d+)>\s*<loc_(?P<y1>\d+)>",
         separator="",
         answer="{sentence}{boxes}",
         none="",
@@ -286,7 +317,7 @@ GRAMMARS: dict[str, Grammar] = {
     "kosmos2": KosmosGrammar(
         prompt="<grounding><phrase>{sentence}</phrase>",
         box="<patch_index_{first:04d}><patch_index_{last:04d}>",
-        pattern=rf"<patch_index_(?P<first>{_CELL})><patch_index_(?P<last>{_CELL})>",
+        pattern=rf"<patch_index_(?P<first>{_CELL})>\s*<patch_index_(?P<last>{_CELL})>",
         separator="</delimiter_of_multi_objects/>",
         answer="<phrase>{sentence}</phrase><object>{boxes}</object>",
         none="<phrase>{sentence}</phrase>",
@@ -295,7 +326,7 @@ GRAMMARS: dict[str, Grammar] = {
     "rex-omni": Grammar(
         prompt="Detect {sentence}. Output the bounding box coordinates in [x0, y0, x1, y1] format.",
         box="<{x0}><{y0}><{x1}><{y1}>",
-        pattern=r"<(?P<x0>\d{1,3})><(?P<y0>\d{1,3})><(?P<x1>\d{1,3})><(?P<y1>\d{1,3})>",
+        pattern=r"<(?P<x0>\d{1,3})>\s*<(?P<y0>\d{1,3})>\s*<(?P<x1>\d{1,3})>\s*<(?P<y1>\d{1,3})>",
         separator=",",
         answer="<|object_ref_start|>{sentence}<|object_ref_end|><|box_start|>{boxes}<|box_end|>",
         none="<|object_ref_start|>{sentence}<|object_ref_end|><|box_start|>None<|box_end|>",
@@ -304,8 +335,8 @@ GRAMMARS: dict[str, Grammar] = {
     "molmo": PointGrammar(
         prompt='Point to every "{sentence}". Say that there are none if there are none.',
         box='<point x="{x0}" y="{y0}">point</point>',
-        pattern=r'\bx(?P<number>\d*)\s*=\s*"\s*(?P<x0>\d+(?:\.\d+)?)\s*"\s*'
-        r'y(?P=number)\s*=\s*"\s*(?P<y0>\d+(?:\.\d+)?)\s*"',
+        pattern=r"""\bx(?P<number>\d*)\s*=\s*["']\s*(?P<x0>\d+(?:\.\d+)?)\s*%?\s*["']\s*"""
+        r"""y(?P=number)\s*=\s*["']\s*(?P<y0>\d+(?:\.\d+)?)\s*%?\s*["']""",
         separator=" ",
         none="There are none.",
         steps=100,

@@ -25,6 +25,7 @@ from PIL import Image
 from modeling.masks import decode_mask, encode_mask
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator
+from tests import tiny_peers
 from tests.hub_server import Hub
 from tests.tiny_rela import BETTER_LOSS, expression_rows, tiny_config, tiny_processor
 from tests.tiny_vlt import tiny_processor as tiny_vlt_processor
@@ -240,6 +241,17 @@ def test_code_that_comes_with_a_model_needs_consent(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "ran").exists()
     assert app.main(["--model", str(tmp_path), "--trust-remote-code"]) == 2
     assert "it ran" in capsys.readouterr().err and (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--trust-remote-code"]])
+def test_models_of_other_projects_give_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture, options: list[str]
+) -> None:
+    tiny_peers.save(tmp_path, "grounding-dino")
+    capfd.readouterr()
+    assert app.main(["--model", str(tmp_path), *options]) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "is a grounding-dino model" in line and "`python -m scoring predict`" in line
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "many", "9" * 5000])

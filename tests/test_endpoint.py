@@ -23,12 +23,19 @@ from scoring.grammars import format_answer, prompt
 from tests.processes import Forked
 from tests.tiny_grefcoco import write_genuine
 
+EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "[]"}}]}\n\ndata: [DONE]\n\n'
+BODIES = {"bad json": b"{", "other json": b'{"detail": "busy"}', "no choices": b'{"choices": []}', "events": EVENT}
+BODIES |= {"deep json": b"[" * 100_000, "list": b"[1]", "null": b"null", "latin": b"\xff", "nothing": b""}
+CONTENTS = {"number": 7, "no text": None, "no parts": [], "thoughts": None}
+CONTENTS["parts"] = [{"type": "text", "text": "[1, 2, "}, {"type": "image"}, {"type": "text", "text": "500, 600]"}]
+
 
 class Server:
     """An OpenAI-compatible server; `faults` holds what the next requests get instead of an answer."""
 
     def __init__(self, grammar: str, rows: list[dict]) -> None:
         self.grammar, self.answers, self.faults, self.requests = grammar, {}, [], []
+        self.retry_after = "0"
         self.at_once, self.most_at_once, self.delay, self.lock = 0, 0, 0.0, threading.Lock()
         for row in rows:
             boxes = xywh_to_xyxy(row["boxes"]).tolist()
@@ -72,12 +79,13 @@ class Server:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         content = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-        data = {"bad json": b"{", "other json": b'{"detail": "busy"}'}.get(fault, json.dumps(content).encode())
+        message["content"] = CONTENTS.get(fault, text)
+        data = BODIES.get(fault, json.dumps(content).encode())
         if fault == "slow":
             time.sleep(1.0)
         request.send_response(status)
         if status == 429:
-            request.send_header("Retry-After", "0")
+            request.send_header("Retry-After", self.retry_after)
         request.send_header("Content-Length", str(len(data) + (100 if fault == "cut" else 0)))
         request.end_headers()
         try:
@@ -132,7 +140,7 @@ def test_the_key_of_the_environment_is_sent(rows, monkeypatch):
     assert server.requests[0][1]["authorization"] == "Bearer abc"
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "slow", "bad json", "other json"])
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "slow", "number", *BODIES])
 def test_faults_that_pass_are_tried_again(rows, fault):
     with Server("qwen3", rows) as server:
         server.faults = [fault, fault]
@@ -141,6 +149,34 @@ def test_faults_that_pass_are_tried_again(rows, fault):
         server.answers[prompt("qwen3", row["sentence"])] for row in rows[:3]
     ]
     assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("grammar", ["qwen3", "paligemma"])
+@pytest.mark.parametrize("fault", ["no text", "thoughts"])
+def test_an_answer_without_text_is_unreadable(rows, grammar, fault):
+    with Server(grammar, rows) as server:
+        server.faults = [fault]
+        (answer,) = Endpoint(server.url, "m", grammar)(rows[:1])
+    assert answer.unreadable and not answer.boxes and len(server.requests) == 1
+
+
+def test_an_answer_in_parts_is_put_together(rows):
+    with Server("qwen3", rows) as server:
+        server.faults = ["parts"]
+        (answer,) = Endpoint(server.url, "m", "qwen3")(rows[:1])
+    assert answer.answer == "[1, 2, 500, 600]" and len(answer.boxes) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [("0.4", 0.4, 5), ("Sat, 01 Jan 2000 00:00:00 GMT", 0, 5), ("soon", 0, 5), ("-3", 0, 5), ("nan", 0, 5)],
+)
+def test_the_server_says_when_to_try_again(rows, asked, least, most):
+    with Server("qwen3", rows) as server:
+        server.faults, server.retry_after = [429], asked
+        start = time.monotonic()
+        (answer,) = Endpoint(server.url, "m", "qwen3")(rows[:1])
+        assert least <= time.monotonic() - start < most and not answer.unreadable
 
 
 def test_faults_that_stay_are_errors(rows, monkeypatch):

@@ -19,6 +19,7 @@ import grefcoco
 from grefcoco_data import mevis, video_building
 from grefcoco_data.commands import main
 from grefcoco_data.masks import decode_mask, encode_mask
+from grefcoco_data.rows import EXPRESSION_FEATURES, explode
 from grefcoco_data.video_rows import MAX_FRAMES, merged_masks
 
 TRUTH = json.loads((GOLDENS / "valid_u/mask_dict.json").read_text())
@@ -107,6 +108,26 @@ def test_a_copy_of_streamed_frames_has_their_values(built, tmp_path):
 def test_frame_rows_in_another_format_are_not_taken_for_values(built):
     rows = grefcoco.load(built, config="mevis", split="valid_u").with_format(None)
     assert rows[0]["mask"] == {"video": 0, "frame": 0, "sentence": 0}
+
+
+def test_a_frame_is_an_image_row_of_a_stream(built):
+    load = {"config": "mevis", "split": "valid_u", "streaming": True}
+    images = grefcoco.load(built, **load, layout="image").cast_column("image", datasets.Image(decode=False))
+    images = list(images)
+    columns = [*EXPRESSION_FEATURES, "objects"]
+    exploded = [row for image in images for row in rows_of(image, columns)]
+    for one, other in zip(exploded, grefcoco.load(built, **load, columns=columns), strict=True):
+        assert one.pop("image").tobytes() == other.pop("image").tobytes() and one == other
+    light = grefcoco.load(built, **load, layout="image", columns=["expressions"])
+    assert list(light) == [{"expressions": image["expressions"]} for image in images]
+    with pytest.raises(ValueError, match="of a stream also 'image'"):
+        grefcoco.load(built, config="mevis", split="valid_u", layout="image")
+
+
+def rows_of(image: dict, columns: list[str]) -> list[dict]:
+    """The expression rows of an image row."""
+    rows = explode({name: [value] for name, value in image.items()}, columns)
+    return [dict(zip(rows, values)) for values in zip(*rows.values())]
 
 
 def test_a_stream_resumes_exactly(built):

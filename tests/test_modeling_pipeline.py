@@ -10,6 +10,7 @@ from transformers import Pipeline, Trainer, TrainingArguments, pipeline
 
 from modeling.modeling_rela import RelaModel
 from modeling.processing_rela import RelaCollator
+from tests import tiny_peers
 from tests.tiny_rela import BETTER_LOSS, INSTANCES, expression_rows, tiny_config, tiny_processor
 
 
@@ -53,6 +54,12 @@ def test_pipeline_takes_files_lists_and_options(segment: Pipeline, picture: Imag
     assert several[0]["sentence"] == "red" and len(several[1]) == 2
     with pytest.raises(ValueError, match="'treshold' is not an option"):
         segment(picture, text="red", treshold=0.3)
+
+
+def test_pipeline_names_the_command_for_other_models(tmp_path: Path) -> None:
+    tiny_peers.save(tmp_path, "grounding-dino")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a grounding-dino model.*python -m scoring predict"):
+        pipeline("referring-segmentation", model=str(tmp_path))
 
 
 def test_pipeline_survives_saving(segment: Pipeline, picture: Image.Image, tmp_path: Path) -> None:
