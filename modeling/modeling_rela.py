@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import BertModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -27,6 +27,7 @@ from .pixel_decoder_rela import DeformableAttention, PixelDecoder
 from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage, RegionOutput
 from .resnet import FrozenBatchNorm
 from .swin_rela import WindowAttention, relative_position_index
+from .towers_rela import text_encoder
 from .vision_rela import CategoryHead, VisionEncoder
 
 MAX_LOGIT = 12.0  # two logits are clamped to +-MAX_LOGIT before they are added
@@ -93,7 +94,7 @@ class RelaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             if isinstance(module, nn.Linear):
                 init.xavier_uniform_(module.weight)
             else:
@@ -128,12 +129,12 @@ class RelaPreTrainedModel(PreTrainedModel):
 
 
 class RelaModel(RelaPreTrainedModel):
-    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder, a region decoder; a category head
-    and an instance branch where the configuration has them."""
+    """The whole network: a text encoder, a vision trunk with language fusion, a pixel decoder, a region decoder; a
+    category head and an instance branch where the configuration has them."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__(config)
-        self.text_encoder = BertModel(config.text_config, add_pooling_layer=False)
+        self.text_encoder = text_encoder(config.text_config)
         self.vision_encoder = VisionEncoder(config)
         self.pixel_decoder = PixelDecoder(config)
         self.region_decoder = RegionDecoder(config)
