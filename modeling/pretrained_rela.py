@@ -86,7 +86,8 @@ def _load_tower(tower: PreTrainedModel, source: str | Path, field: str, **option
     wrong += [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
     if wrong:
         raise ValueError(
-            f'{source} is not the "{tower.config.model_type}" of {field}: {wrong[0]} is missing or of another shape'
+            f'{source} is not the "{tower.config.model_type}" of {field}: {wrong[0]} is missing or of another shape. '
+            f"Without {field} in the recipe, the tower has the sizes of its weights"
         )
     tower.load_state_dict({name: theirs[name] for name in ours})
 

@@ -82,8 +82,8 @@ class AutoTrunk(nn.Module):
             return -side % self.multiple
         if side > self.fixed_size[axis]:
             raise ValueError(
-                f"a side of {side} pixels for a backbone of image_size {self.fixed_size}, which works at this size alone: "
-                "resize the images to it"
+                f"a side of {side} pixels for a backbone that works at image_size {self.fixed_size} alone: resize the "
+                "images to it"
             )
         return self.fixed_size[axis] - side
 
@@ -110,10 +110,8 @@ class Level(nn.Module):
             x = nn.functional.max_pool2d(x, 2, ceil_mode=True)
         if self.ratio == 1:
             return x[..., : size[0], : size[1]]
-        rows, columns = (
-            resampling(side, cells, self.ratio, x) for side, cells in zip(size, x.shape[-2:], strict=True)
-        )
-        return rows @ x @ columns.T
+        rows = resampling(size[0], x.shape[-2], self.ratio, x)
+        return rows @ x @ resampling(size[1], x.shape[-1], self.ratio, x).T
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -41,8 +41,9 @@ def new_model(
     """
     refuse_unknown(fields, RelaConfig)
     words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else word_tokenizer(sentences())
-    text = _fields_of(tokenizer) if tokenizer else {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
-    fields = {**fields, "text_config": {**text, **fields.get("text_config", {})}}
+    text = {**(_fields_of(tokenizer) if tokenizer else {}), **(fields.get("text_config") or {})}
+    own_words = {} if tokenizer else {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    fields = {**fields, "text_config": {**text, **own_words}}
     pixels = {}
     if backbone and fields.get("backbone") == "auto":
         fields["backbone_config"] = {**_fields_of(backbone), **(fields.get("backbone_config") or {})}
