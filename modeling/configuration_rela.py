@@ -34,7 +34,7 @@ class RelaConfig(PreTrainedConfig):
     any AutoBackbone of transformers, by `backbone_config`."""
     backbone_config: dict | PreTrainedConfig | None = None
     """Configuration of the "auto" trunk by its `model_type`. Its `out_features` are up to four maps; where they are
-    the last map alone, a trunk of several resolutions gives its last four. The other fields do not describe this trunk."""
+    the last map alone, a trunk of several resolutions gives its last four."""
     stage_channels: list[int] | tuple[int, ...] = (128, 256, 512, 1024)
     """Channels of the four stages; for "auto" filled in when the model is built."""
     depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)

@@ -43,7 +43,7 @@ class TrainConfig:
     model: str = option({}, "fields of a new model's configuration; model_type names its family, rela by default")
     tokenizer: str | None = option(
         None,
-        "text encoder, a folder or Hub id, for tokeniser and weights; for VLT a file of word vectors; unset makes its own",
+        "text encoder, a folder or Hub id, for tokeniser and weights; VLT: a file of word vectors; default: its own",
     )
     backbone: str | None = option(
         None,
