@@ -39,7 +39,7 @@ def _sizes(fields: Mapping[str, object]) -> Iterator[tuple[str, int | float]]:
     Ids of tokens and labels, and indices, are no sizes.
     """
     for name, value in fields.items():
-        if name.endswith("_config") and value is not None:
+        if name.endswith("_config") and isinstance(value, dict | PreTrainedConfig):
             yield from _sizes(value if isinstance(value, dict) else vars(value))
         elif not name.startswith("_") and not name.endswith(("_id", "_index", "_indices")):
             kinds = int | float if "ratio" in name or "multiplier" in name else int

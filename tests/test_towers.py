@@ -3,11 +3,13 @@
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -31,6 +33,7 @@ from modeling.training_rela import new_model, parameter_groups
 from tests.fresh_process import outputs_elsewhere
 from tests.tiny_rela import INSTANCES, SMALL, WORDS, expression_rows, tiny_processor
 from tests.tiny_towers import BACKBONES, ENCODERS, VISION, towers
+from tests.tiny_training import ROOT, tiny, train_here
 
 NOT_CHECKPOINTED = ("convnext", "convnextv2", "resnet")  # by transformers
 EVERY_BACKBONE = pytest.mark.parametrize("backbone", BACKBONES)
@@ -354,3 +357,38 @@ def test_a_backbone_that_cannot_run_is_one_clear_line() -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"a side of 160 pixels for a backbone that works at image_size"):
         model_of("hiera").vision_encoder.stages(torch.zeros(1, 3, 160, 64))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_two_folders_and_its_model_needs_neither(
+    scenes_dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    AutoModel.from_config(CONFIG_MAPPING["dinov2"](**BACKBONES["dinov2"])).save_pretrained(tmp_path / "vision")
+    words = word_tokenizer(["the red circle on the left", "all blue squares"])
+    text_encoder(CONFIG_MAPPING["roberta"](**{**ENCODERS["roberta"], "vocab_size": len(words)})).save_pretrained(
+        tmp_path / "text"
+    )
+    words.save_pretrained(tmp_path / "text")
+    (recipe,) = tiny(scenes_dataset, tmp_path / "out", max_train_steps=3)
+    fields = yaml.safe_load(Path(recipe).read_text())
+    for name in ("text_config", "stage_channels", "stem_channels", "depths"):
+        del fields["model"][name]
+    fields["model"]["backbone"] = "auto"
+    Path(recipe).write_text(yaml.safe_dump(fields))
+    assert train_here(recipe, "--backbone", tmp_path / "vision", "--tokenizer", tmp_path / "text") == 0
+    for folder in ("vision", "text"):
+        shutil.rmtree(tmp_path / folder)
+    loaded = AutoModel.from_pretrained(tmp_path / "out" / "checkpoint")
+    assert type(loaded.text_encoder).__name__ == "RobertaModel"
+    assert type(loaded.vision_encoder.trunk.backbone).__name__ == "Dinov2Backbone"
+    capfd.readouterr()
+    assert train_here(recipe) == 2  # no weights, so no configuration
+    assert "without a backbone_config" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(capsys: pytest.CaptureFixture) -> None:
+    pattern = r"```python\n([^`]*RelaConfig[^`]*)```\n\n```\n([^`]*)```"
+    code, printed = re.search(pattern, (ROOT / "README.md").read_text()).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
