@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's import path has only its own folder
 
-from demo.sentences import COLOURS, SENTENCE_RULES, Expression, VisibleObject, draw_expressions
+from demo.sentences import COLOURS, SENTENCE_RULES, Expression, VisibleObject, draw_expressions, paraphrase
 from grefcoco_data.arguments import ArgumentParser
 
 VERSION = 1  # of the scenes: increase it when the same parameters give different files
@@ -300,6 +300,7 @@ def write_scenes(
     images: dict[str, int],
     size: int = 128,
     no_target: float = 0.09,
+    paraphrased: Sequence[str] = (),
 ) -> bool:
     """Write scenes in the file format of gRefCOCO to the folder `out`, atomically.
 
@@ -307,6 +308,7 @@ def write_scenes(
         images: number of images of each split.
         size: image side in pixels.
         no_target: share of expressions without target.
+        paraphrased: splits whose sentences use words that the other splits do not have.
 
     Returns:
         False if `out` already has the scenes of these parameters; nothing is written then.
@@ -315,6 +317,8 @@ def write_scenes(
         ValueError: a parameter is out of range, or `out` has other content.
     """
     check_parameters(level, images, size, no_target)
+    if unknown := set(paraphrased) - set(SPLITS):
+        raise ValueError(f"paraphrase {', '.join(sorted(unknown))}: choose of {', '.join(SPLITS)}")
     out = Path(out)
     parameters = {
         "level": level,
@@ -323,6 +327,7 @@ def write_scenes(
         "size": size,
         "no_target": no_target,
         "version": VERSION,
+        **({"paraphrased": sorted(paraphrased)} if paraphrased else {}),
     }
     if out.exists():
         if read_parameters(out) == parameters:
@@ -339,6 +344,8 @@ def write_scenes(
                 len(SPLITS) * index + SPLITS.index(split) + 1
             )  # does not depend on the sizes of the other splits
             scene = make_scene(level, seed, split, index, size, no_target)
+            if split in paraphrased:
+                scene = reword(scene, random.Random(f"{seed} paraphrase {image_id}"))
             name = f"COCO_train2014_{image_id:012d}.jpg"
             Image.fromarray(scene.image).save(folder / "train2014" / name, quality=90)
             instances["images"].append(image_record(image_id, name, size))
@@ -349,6 +356,12 @@ def write_scenes(
         (folder / "grefs(unc).json").write_text(json.dumps(refs), encoding="utf-8")
         folder.rename(out)
     return True
+
+
+def reword(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with paraphrased sentences."""
+    expressions = [replace(x, sentences=tuple(paraphrase(rng, s) for s in x.sentences)) for x in scene.expressions]
+    return replace(scene, expressions=tuple(expressions))
 
 
 def check_parameters(level: str, images: dict[str, int], size: int, no_target: float) -> None:
@@ -476,10 +489,13 @@ def main() -> int:
         parser.add_argument(f"--{split}", type=int, default=count, help=f"number of {split} images (default {count})")
     parser.add_argument("--size", type=int, default=128, help="image side in pixels (default 128)")
     parser.add_argument("--no-target", type=float, default=0.09, help="share of no-target expressions (default 0.09)")
+    parser.add_argument(
+        "--paraphrase", nargs="+", default=[], metavar="SPLIT", help="splits with words that no other split has"
+    )
     args = parser.parse_args()
     images = {split: getattr(args, split) for split in SPLITS}
     try:
-        written = write_scenes(args.out, args.level, args.seed, images, args.size, args.no_target)
+        written = write_scenes(args.out, args.level, args.seed, images, args.size, args.no_target, args.paraphrase)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -4,17 +4,56 @@ An expression starts as a meaning. A meaning is a `Phrase`, an `AllExcept` or a 
 `Half`, `Extreme`, `Relation`, `Between`). `find_matches` (nouns) and `find_targets` (meanings) compute the targets
 from the visible objects. A no-target sentence is a meaning without targets. A meaning that people could read in two
 ways raises `AmbiguousError` and is not used. `draw_words` (nouns) and `draw_sentence` (meanings) choose one of
-several wordings, in lower case and without punctuation.
+several wordings, in lower case and without punctuation. `paraphrase` says a sentence in words that none of them uses.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+SYNONYMS = {  # of words and of their plurals; longer entries first
+    "as well as": ("plus", "together with"),
+    "everything except": ("everything apart from", "anything besides"),
+    "everything but": ("everything apart from", "anything besides"),
+    "higher than": ("over",),
+    "lower than": ("under", "beneath"),
+    "in between": ("amid", "in the middle of"),
+    "between": ("amid", "in the middle of"),
+    "above": ("over",),
+    "below": ("under", "beneath", "underneath"),
+    "except": ("apart from", "besides"),
+    "biggest": ("hugest", "most massive"),
+    "largest": ("hugest", "most massive"),
+    "smallest": ("littlest", "most minute"),
+    "tiniest": ("littlest", "most minute"),
+    "topmost": ("uppermost",),
+    "highest": ("uppermost",),
+    "lowest": ("bottommost",),
+    "every": ("each",),
+    "circle": ("disc", "disk"),
+    "square": ("block", "cube"),
+    "star": ("asterisk", "pentagram"),
+    "triangle": ("pyramid", "wedge"),
+    "ring": ("hoop", "loop"),
+    "shape": ("figure", "form"),
+    "object": ("item", "figure"),
+    "thing": ("item", "form"),
+    "red": ("crimson", "scarlet"),
+    "green": ("emerald", "lime"),
+    "blue": ("azure", "navy"),
+    "yellow": ("golden", "lemon"),
+    "purple": ("violet", "lilac"),
+    "white": ("ivory", "snowy"),
+    "big": ("huge", "giant"),
+    "large": ("huge", "giant"),
+    "small": ("tiny", "mini"),
+    "little": ("tiny", "mini"),
+}
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
 # Limits as fractions of the image side, if no other unit is given. A value between two limits is ambiguous.
@@ -281,6 +320,12 @@ class Pair:
 
 
 Meaning = Phrase | AllExcept | Pair
+
+
+def paraphrase(rng: random.Random, sentence: str) -> str:
+    """Say a sentence with other words for shapes, colours, sizes and places, which no other sentence has."""
+    pattern = rf"\b({'|'.join(SYNONYMS)})(s?)\b"
+    return re.sub(pattern, lambda match: rng.choice(SYNONYMS[match[1]]) + match[2], sentence)
 
 
 # -------------------------------------------------------------------------------------------------- random meanings

@@ -23,21 +23,25 @@ def check_fields(config: PreTrainedConfig) -> None:
         if (
             (is_list and items is not value)
             or (wants_integers and not all(type(item) is int for item in items))
-            or (name == "text_config" and not isinstance(value, dict | PreTrainedConfig | None))
+            or (name.endswith("_config") and not isinstance(value, dict | PreTrainedConfig | None))
         ):
             raise ValueError(f"{name}={value!r} in {owner}: give {getattr(kind, '__name__', kind)}")
     for name, value in _sizes(vars(config)):
         most = MOST_LAYERS if "layers" in name or name == "depths" else MOST_WORDS if name == "vocab_size" else MOST
-        least = int(name.endswith(("heads", "groups")))
+        least = -1 if name == "max_relative_positions" else int(name.endswith(("heads", "groups")))
         if not least <= value <= most:
             raise ValueError(f"{name}={value} in {owner}: choose {least} to {most}")
 
 
-def _sizes(fields: Mapping[str, object]) -> Iterator[tuple[str, int]]:
-    """Names and values of the integers; ids of tokens and labels are no sizes."""
+def _sizes(fields: Mapping[str, object]) -> Iterator[tuple[str, int | float]]:
+    """Names and values of the integers and of the ratios that sizes are multiplied by.
+
+    Ids of tokens and labels, and indices, are no sizes.
+    """
     for name, value in fields.items():
-        if name == "text_config" and value is not None:
+        if name.endswith("_config") and isinstance(value, dict | PreTrainedConfig):
             yield from _sizes(value if isinstance(value, dict) else vars(value))
-        elif not name.startswith("_") and not name.endswith("_id"):
+        elif not name.startswith("_") and not name.endswith(("_id", "_index", "_indices")):
+            kinds = int | float if "ratio" in name or "multiplier" in name else int
             items = value if isinstance(value, list | tuple) else [value]
-            yield from ((name, item) for item in items if isinstance(item, int))
+            yield from ((name, item) for item in items if isinstance(item, kinds))

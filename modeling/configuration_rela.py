@@ -3,9 +3,10 @@ Segmentation" (CVPR 2023); all departures from it are options that are off by de
 
 import math
 
-from transformers import BertConfig, PreTrainedConfig
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
 
 from .configuration_limits import check_fields
+from .configuration_towers import backbone_config, text_config
 
 
 class RelaConfig(PreTrainedConfig):
@@ -16,22 +17,26 @@ class RelaConfig(PreTrainedConfig):
     """
 
     model_type = "rela"
-    sub_configs = {"text_config": BertConfig}
+    sub_configs = {"text_config": AutoConfig, "backbone_config": AutoConfig}
     keys_to_ignore_at_inference = [  # Trainer gathers all other outputs
         "loss_terms", "minimap_logits", "category_logits", "relevance_logits", "instance_masks", "count_logits",
     ]  # fmt: skip
 
     text_config: dict | PreTrainedConfig | None = None
-    """The BERT encoder; None is bert-base-uncased's configuration."""
+    """Any text encoder of AutoModel by its `model_type`, BERT where there is none; None is bert-base-uncased's."""
 
     custom_pipelines: dict | None = None
     """The code of `pipeline("referring-segmentation")`; filled in."""
 
     # Vision trunk
     backbone: str = "swin"
-    """Vision trunk: "swin", "resnet" (bottleneck blocks, frozen batch norm) or "conv" (small, group norm)."""
+    """Vision trunk: "swin", "resnet" (bottleneck blocks, frozen batch norm), "conv" (small, group norm), or "auto":
+    any AutoBackbone of transformers, by `backbone_config`."""
+    backbone_config: dict | PreTrainedConfig | None = None
+    """Configuration of the "auto" trunk by its `model_type`. Its `out_features` are up to four maps; where they are
+    the last map alone, a trunk of several resolutions gives its last four."""
     stage_channels: list[int] | tuple[int, ...] = (128, 256, 512, 1024)
-    """Channels of the four stages."""
+    """Channels of the four stages; for "auto" filled in when the model is built."""
     depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)
     """Blocks in each of the four stages."""
     stem_channels: int = 64
@@ -134,10 +139,9 @@ class RelaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         check_fields(self)
-        if self.text_config is None:
-            self.text_config = BertConfig()
-        elif isinstance(self.text_config, dict):
-            self.text_config = BertConfig(**self.text_config)
+        self.text_config = BertConfig() if self.text_config is None else text_config(self.text_config)
+        if self.backbone_config is not None:
+            self.backbone_config = backbone_config(self.backbone_config)
         if self.custom_pipelines is None:
             pipeline = {"impl": "pipeline_referring.ReferringPipeline", "pt": ["AutoModel"]}
             self.custom_pipelines = {"referring-segmentation": pipeline}
@@ -150,6 +154,16 @@ class RelaConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} in RelaConfig: choose one of {', '.join(allowed)}")
+        if (self.backbone == "auto") != (self.backbone_config is not None):
+            raise ValueError(
+                f"backbone={self.backbone!r} in RelaConfig {'without' if self.backbone == 'auto' else 'with'} a "
+                'backbone_config: give backbone="auto" and a backbone_config with its model_type, or neither'
+            )
+        if self.backbone == "auto" and self.language_fusion and self.language_gate == "open":
+            raise ValueError(
+                'language_gate="open" in RelaConfig adds the sentence to the trunk, which a backbone of transformers '
+                'cannot read: set language_gate="none"'
+            )
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise ValueError(f"num_queries={self.num_queries} in RelaConfig is not a square: try 36, 64 or 100")
         for name in ("hidden_size", "pixel_decoder_size"):
@@ -171,7 +185,7 @@ class RelaConfig(PreTrainedConfig):
 
 
 _CHOICES = {
-    "backbone": ("swin", "resnet", "conv"),
+    "backbone": ("swin", "resnet", "conv", "auto"),
     "language_gate": ("published", "open", "none"),
     "mask_loss": ("ce", "bce_dice"),
 }

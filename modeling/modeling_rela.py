@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import BertModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -28,6 +28,7 @@ from .pixel_decoder_rela import DeformableAttention, PixelDecoder
 from .region_decoder_rela import Heads, RegionDecoder, RegionLanguage, RegionOutput
 from .resnet import FrozenBatchNorm
 from .swin_rela import WindowAttention, relative_position_index
+from .towers_rela import text_encoder
 from .vision_rela import CategoryHead, VisionEncoder
 
 MAX_LOGIT = 12.0  # two logits are clamped to +-MAX_LOGIT before they are added
@@ -94,7 +95,7 @@ class RelaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             if isinstance(module, nn.Linear):
                 init.xavier_uniform_(module.weight)
             else:
@@ -129,12 +130,12 @@ class RelaPreTrainedModel(PreTrainedModel):
 
 
 class RelaModel(RelaPreTrainedModel):
-    """The whole network: BERT, a vision trunk with language fusion, a pixel decoder, a region decoder; a category head
-    and an instance branch where the configuration has them."""
+    """The whole network: a text encoder, a vision trunk with language fusion, a pixel decoder, a region decoder; a
+    category head and an instance branch where the configuration has them."""
 
     def __init__(self, config: RelaConfig) -> None:
         super().__init__(config)
-        self.text_encoder = BertModel(config.text_config, add_pooling_layer=False)
+        self.text_encoder = text_encoder(config.text_config)
         self.vision_encoder = VisionEncoder(config)
         self.pixel_decoder = PixelDecoder(config)
         self.region_decoder = RegionDecoder(config)
@@ -181,7 +182,9 @@ class RelaModel(RelaPreTrainedModel):
         if input_ids is None:
             return self._vision_only(pixel_values, labels)
         check_image_index(input_ids.shape[0], pixel_values.shape[0], image_index)
-        mask = text_mask(attention_mask, _dtype(self.text_encoder))
+        # BERT takes its mask ready made; other encoders make their own, such as those with local attention
+        is_bert = self.config.text_config.model_type == "bert"
+        mask = text_mask(attention_mask, _dtype(self.text_encoder)) if is_bert else attention_mask
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = self.text_encoder(input_ids, attention_mask=mask).last_hidden_state
         dtype = _dtype(self.vision_encoder)

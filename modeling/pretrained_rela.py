@@ -1,9 +1,11 @@
 """Loads published single-modality weights to start training from: an ImageNet backbone and a language model.
 
 `load_backbone` reads Swin weights with the official key names, timm's and transformers' (old and new), and ResNet
-weights with detectron2's and torchvision's; position tables of another window size are interpolated.
+weights with detectron2's and torchvision's; position tables of another window size are interpolated. Trunks of
+transformers are read by transformers.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from .modeling_rela import RelaModel
+from .towers_rela import FIXED_SIZE, without_pooling
 from .weight_files import Rules, read_weights, rename
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+POSITIONS = "embeddings.position_embeddings"  # of a backbone that works at one size alone
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
 _HF_PARTS = {
     "attention.output.dense": "attn.proj",
@@ -35,12 +39,17 @@ def load_backbone(model: RelaModel, source: str | Path) -> None:
     """Copy backbone weights into the vision trunk.
 
     Args:
-        model: with a "swin" or "resnet" trunk of the same sizes; the window may differ.
-        source: a weight file, or a folder or Hub id with model.safetensors or pytorch_model.bin.
+        model: with a "swin", "resnet" or "auto" trunk of the same sizes; the window may differ.
+        source: a weight file, or a folder or Hub id with model.safetensors or pytorch_model.bin; for "auto" a folder
+            or Hub id of transformers.
 
     Raises:
         ValueError: when the source cannot be read or does not fill the trunk.
     """
+    if model.config.backbone == "auto":
+        backbone = model.vision_encoder.trunk.backbone
+        _load_tower(backbone, source, "backbone_config", out_features=backbone.config.out_features)
+        return
     weights = read_weights(_locate(source))
     renamed = _swin_names(weights) if model.config.backbone == "swin" else _resnet_names(weights)
     trunk = model.vision_encoder.trunk
@@ -59,17 +68,36 @@ def load_backbone(model: RelaModel, source: str | Path) -> None:
 
 
 def load_text_encoder(model: RelaModel, source: str | Path) -> None:
-    """Copy a BERT, by Hub id or folder, into the text encoder.
+    """Copy a text encoder of transformers, by Hub id or folder, into that of the model.
 
     Raises:
         ValueError: when its sizes differ from `model.config.text_config`.
     """
-    bert = BertModel.from_pretrained(source, add_pooling_layer=False)
-    ours, theirs = model.text_encoder.state_dict(), bert.state_dict()
-    wrong = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    _load_tower(model.text_encoder, source, "text_config", **without_pooling(type(model.text_encoder)))
+
+
+def _load_tower(tower: PreTrainedModel, source: str | Path, field: str, **options: object) -> None:
+    """Copy the weights of a folder or Hub id of transformers; new are only the norms of a backbone's maps."""
+    loaded, report = type(tower).from_pretrained(source, output_loading_info=True, **options)
+    ours, theirs = tower.state_dict(), loaded.state_dict()
+    if tower.config.model_type in FIXED_SIZE:
+        theirs[POSITIONS] = resize_positions(theirs[POSITIONS], ours[POSITIONS].shape[1])
+    wrong = [name for name in report["missing_keys"] if not name.startswith("hidden_states_norms")]
+    wrong += [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
     if wrong:
-        raise ValueError(f"{source} is not the BERT of text_config: {wrong[0]} is missing or of another shape")
-    model.text_encoder.load_state_dict({name: theirs[name] for name in ours})
+        raise ValueError(
+            f'{source} is not the "{tower.config.model_type}" of {field}: {wrong[0]} is missing or of another shape. '
+            f"Without {field} in the recipe, the tower has the sizes of its weights"
+        )
+    tower.load_state_dict({name: theirs[name] for name in ours})
+
+
+def resize_positions(table: torch.Tensor, count: int) -> torch.Tensor:
+    """(1, side * side, channels) -> (1, count, channels), bicubic over the square of positions."""
+    old, new = math.isqrt(table.shape[1]), math.isqrt(count)
+    grid = table.float().transpose(1, 2).unflatten(2, (old, old))
+    grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 def resize_position_table(table: torch.Tensor, window: int) -> torch.Tensor:

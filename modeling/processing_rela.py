@@ -30,8 +30,9 @@ class RelaProcessor(ReferringProcessor):
 
     Args:
         image_processor: resizes and normalises.
-        tokenizer: BERT's, or any whose padding id is 0.
-        max_length: tokens per sentence; shorter sentences are padded to it.
+        tokenizer: that of the text encoder. One that makes no attention mask, such as SigLIP's, belongs to an encoder
+            that reads padding as words: its mask is 1 everywhere.
+        max_length: tokens per sentence, or the tokenizer's own limit if that is lower; shorter sentences are padded.
         keep_end_token: whether the last place of a sentence that is too long is the end token; published: it is cut.
         no_target_threshold: see `ReferringProcessor`; at 0.5 the verdict is the larger of two logits, as published.
     """
@@ -52,9 +53,10 @@ class RelaProcessor(ReferringProcessor):
         self.keep_end_token = keep_end_token
 
     def _tokenize(self, sentences: list[str], max_length: int | None) -> dict[str, np.ndarray]:
-        length = min(self.max_length, max_length or self.max_length)
-        ids = np.zeros((len(sentences), length), dtype=np.int64)
-        mask = np.zeros_like(ids)
+        length = min(self.max_length, self.tokenizer.model_max_length, max_length or self.max_length)
+        ids = np.full((len(sentences), length), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        reads_padding = "attention_mask" not in self.tokenizer.model_input_names
+        mask = np.full_like(ids, reads_padding)
         for i, tokens in enumerate(self.tokenizer(sentences, verbose=False)["input_ids"]):
             cut = tokens[:length]
             if self.keep_end_token:

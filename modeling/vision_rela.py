@@ -8,8 +8,9 @@ from .convolution_rela import ConvTrunk, ResNetTrunk
 from .fusion_rela import LanguageFusion, LanguageGate
 from .image_index import per_sentence
 from .swin_rela import SwinTrunk
+from .towers_rela import AutoTrunk
 
-TRUNKS = {"swin": SwinTrunk, "resnet": ResNetTrunk, "conv": ConvTrunk}
+TRUNKS = {"swin": SwinTrunk, "resnet": ResNetTrunk, "conv": ConvTrunk, "auto": AutoTrunk}
 
 
 class VisionEncoder(nn.Module):
@@ -24,9 +25,11 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = TRUNKS[config.backbone](config)
+        if config.backbone == "auto":
+            config.stage_channels = self.trunk.channels
         text_channels = config.text_config.hidden_size
         fused = config.stage_channels if config.language_fusion else []
-        gated = fused[:-1] if config.language_gate != "none" else []
+        gated = fused[:-1] if config.language_gate != "none" and config.backbone != "auto" else []
         self.fusions = nn.ModuleList(LanguageFusion(channels, text_channels) for channels in fused)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in fused)
         self.gates = nn.ModuleList(LanguageGate(channels) for channels in gated)
@@ -66,6 +69,8 @@ class VisionEncoder(nn.Module):
 
     def stages(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """The trunk alone: four (images, height, width, channels)."""
+        if self.config.backbone == "auto":
+            return self.trunk(pixel_values)
         x, outputs = self.trunk.stem(pixel_values), []
         for layer in self.trunk.layers:
             x = layer(x)

@@ -29,6 +29,7 @@ from demo.scenes import (
     write_scenes,
 )
 from demo.sentences import (
+    SYNONYMS,
     AllExcept,
     AmbiguousError,
     Between,
@@ -261,6 +262,29 @@ def test_only_full_scenes_have_difficult_words(written):
     tokens = {token for ref in refs_of(out) for sentence in ref["sentences"] for token in sentence["tokens"]}
     difficult = {"between", "above", "of", "biggest", "small", "ring", "triangle"}
     assert tokens & difficult == (difficult if level == "full" else set())
+
+
+def test_a_paraphrased_split_has_the_same_scenes_in_words_of_its_own(tmp_path):
+    images = {"train": 30, "testB": 30}
+    plain, other = tmp_path / "plain", tmp_path / "paraphrased"
+    write_scenes(plain, "full", 0, images, size=64)
+    write_scenes(other, "full", 0, images, size=64, paraphrased=["testB"])
+    assert [ref for ref in refs_of(plain) if ref["split"] == "train"] == [
+        ref for ref in refs_of(other) if ref["split"] == "train"
+    ]
+    pairs = [
+        (first["sentences"][0]["sent"].split(), second["sentences"][0]["sent"].split())
+        for first, second in zip(refs_of(plain), refs_of(other), strict=True)
+        if first["split"] == "testB" and first["ann_id"] == second["ann_id"]
+    ]
+    assert len(pairs) > 60
+    known = {token for ref in refs_of(plain) for sentence in ref["sentences"] for token in sentence["tokens"]}
+    replaced = {word for entry in SYNONYMS if " " not in entry for word in (entry, entry + "s")}
+    unseen = {token for _, words in pairs for token in words} - known
+    assert len(unseen) > 20 and not replaced & {token for _, words in pairs for token in words}
+    assert all(first != second for first, second in pairs if replaced & set(first))
+    read = {(plain / "train2014" / name.name).read_bytes() == name.read_bytes() for name in other.glob("train2014/*")}
+    assert read == {True}
 
 
 # Four objects in a row, the first is a red star; and a small blue star above the last.

@@ -33,6 +33,9 @@ def test_recipes_name_only_what_exists(path):
     config = train.parse_config([str(path), "--dataset", "x"])
     fields = dict(config.model)
     config_class = type(AutoConfig.for_model(fields.pop("model_type", "rela")))
+    if fields.get("backbone") == "auto":  # its configuration comes with the weights that --backbone names
+        assert config.backbone
+        fields["backbone_config"] = {"model_type": "dinov3_vit"}
     refuse_unknown(fields, config_class)
     config_class(**fields)
 

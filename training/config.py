@@ -45,9 +45,12 @@ class TrainConfig:
     model: str = option({}, "fields of a new model's configuration; model_type names its family, rela by default")
     tokenizer: str | None = option(
         None,
-        "BERT folder or Hub id for tokeniser and text weights, for VLT a file of word vectors; unset makes its own",
+        "text encoder, a folder or Hub id, for tokeniser and weights; VLT: a file of word vectors; default: its own",
     )
-    backbone: str | None = option(None, "weights the vision trunk starts from: a file, a folder or a Hub id")
+    backbone: str | None = option(
+        None,
+        "weights the vision trunk starts from: a file, a folder or a Hub id; any AutoBackbone for backbone: auto",
+    )
     image_size: int = option(
         480, "side in pixels of the square that images are squashed to; for MDETR the shorter side"
     )
