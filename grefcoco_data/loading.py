@@ -199,7 +199,7 @@ def from_hub(source: str | Path, read: Callable[[], Result]) -> Result:
         try:
             return read()
         except Exception as error:  # HTTP_ERRORS and others
-            if os.path.isdir(source) or not _is_broken_line(error):
+            if os.path.isdir(source) or datasets.config.HF_HUB_OFFLINE or not _is_broken_line(error):
                 raise
             wait = next(waits, None)
             if wait is None:

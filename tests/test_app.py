@@ -501,6 +501,26 @@ def test_files_that_are_too_large_are_refused(tab: object, address: str, tmp_pat
 
 
 @pytest.mark.slow
+def test_uploads_are_deleted(
+    segment: CountingPipeline, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
+    monkeypatch.setattr(app, "KEEP_FILES", 5)
+    page = app.make_page(segment)
+    address = page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LAUNCH_OPTIONS)[1]
+    try:
+        command = ["curl", "-s", "-F", f"files=@{scene}", f"{address}gradio_api/upload"]
+        (place,) = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
+        assert Path(place).is_file() and Path(place).is_relative_to(tmp_path / "files")
+        deadline = time.monotonic() + 60
+        while Path(place).exists() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not Path(place).exists()
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.mark.slow
 def test_a_hundred_requests_at_once_are_answered(address: str, scene: Path) -> None:
     from gradio_client import Client, handle_file
 

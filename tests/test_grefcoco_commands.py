@@ -234,6 +234,7 @@ def test_show_draws_a_sample_by_seed_and_filters(built, tmp_path):
     assert samples[0] == samples[1] and len({tuple(sample) for sample in samples}) > 1
     page, chosen = shown("--limit", 1000, "--targets", 0)
     assert 0 < len(chosen) < len(everything) and page.count(", 0 targets") == len(chosen)
+    assert f"{len(chosen)} of {len(chosen)} sentences, --targets 0, seed 0" in page
     sentence = re.search(r'alt="(\w+)', page)[1]
     page, chosen = shown("--limit", 1000, "--text", sentence.upper())
     assert chosen and all(sentence in text for text in re.findall(r'alt="([^"]+)"', page))

@@ -219,6 +219,10 @@ def test_pictures_show_predictions_and_extremes(finished):
             )
 
 
+def test_all_files_of_the_model_have_one_mode(finished):
+    assert len({path.stat().st_mode & 0o777 for path in (finished / "checkpoint").iterdir() if path.is_file()}) == 1
+
+
 def test_the_card_holds_the_scores_the_recipe_and_the_data(finished, dataset):
     card = ModelCard.load(finished / "checkpoint" / "README.md")
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -204,6 +204,8 @@ def test_converted_folder_loads_by_remote_code_and_reads_text(checkpoint: Path, 
     tiny_tokenizer(tmp_path)
     arguments = ["--num-attention-heads", "4", "--max-words", "6", "--word-vectors", str(tmp_path / "glove.txt")]
     assert main([str(checkpoint), str(tmp_path / "out"), *arguments]) == 0
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(modes) == 1, "safetensors writes for the owner alone"
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert model.config.to_diff_dict() == {**tiny_config(dropout=0.1).to_diff_dict(), **extra_fields(model)}
     weights = read_h5(checkpoint)
