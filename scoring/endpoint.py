@@ -15,6 +15,7 @@ import time
 from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import AsyncInferenceClient, ChatCompletionOutput
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
@@ -25,8 +26,8 @@ from scoring.grammars import named, prompt, resize
 
 RETRIES = 6  # of a request, after a fault that may pass
 FIRST_DELAY = 1.0  # seconds before the first retry; doubled for each other one
-# the last four: a body that is not JSON, or of another shape
-PASSING_ERRORS = (HTTPError, InferenceTimeoutError, ValueError, TypeError, AttributeError, RecursionError)
+# but for the first two: a body that is not JSON, or of another shape
+PASSING_ERRORS = (HTTPError, InferenceTimeoutError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 MOST_DELAY = 60.0  # seconds, whatever the server asks for
 PASSING = {408, 409, 425, 429}  # status codes below 500 after which a request is repeated
 
@@ -59,6 +60,7 @@ class Endpoint:
         self.url, self.model, self.grammar, self.concurrency, self.timeout = url, model, grammar, concurrency, timeout
         self.options = {"model": model, "max_tokens": max_tokens, "seed": seed, "temperature": 0.0}
         named(grammar)
+        _check_url(url)
         self.origin = {**self.options, "grammar": grammar, "prompt": prompt(grammar, "{sentence}")}
 
     def __call__(self, rows: list[dict]) -> list[Answer]:
@@ -107,6 +109,17 @@ def data_uri(image: Image.Image, grammar: str) -> str:
     file = BytesIO()
     resize(image, grammar).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError for a URL that no request can reach, which would be tried again and again."""
+    try:
+        parts = urlsplit(url)
+        is_usable = bool(parts.hostname) and parts.port != 0  # a port above 65535 raises ValueError
+    except ValueError:
+        is_usable = False
+    if not is_usable or any(map(str.isspace, url)):
+        raise ValueError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000/v1")
 
 
 def _content(completion: ChatCompletionOutput) -> str | None:

@@ -26,7 +26,7 @@ from tests.tiny_grefcoco import write_genuine
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "[]"}}]}\n\ndata: [DONE]\n\n'
 BODIES = {"bad json": b"{", "other json": b'{"detail": "busy"}', "no choices": b'{"choices": []}', "events": EVENT}
 BODIES |= {"deep json": b"[" * 100_000, "list": b"[1]", "null": b"null", "latin": b"\xff", "nothing": b""}
-CONTENTS = {"number": 7, "no text": None, "no parts": [], "thoughts": None}
+CONTENTS = {"number": 7, "odd parts": [{"type": "text"}, 7], "no text": None, "no parts": [], "thoughts": None}
 CONTENTS["parts"] = [{"type": "text", "text": "[1, 2, "}, {"type": "image"}, {"type": "text", "text": "500, 600]"}]
 
 
@@ -140,7 +140,7 @@ def test_the_key_of_the_environment_is_sent(rows, monkeypatch):
     assert server.requests[0][1]["authorization"] == "Bearer abc"
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "slow", "number", *BODIES])
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "slow", "number", "odd parts", *BODIES])
 def test_faults_that_pass_are_tried_again(rows, fault):
     with Server("qwen3", rows) as server:
         server.faults = [fault, fault]
@@ -177,6 +177,12 @@ def test_the_server_says_when_to_try_again(rows, asked, least, most):
         start = time.monotonic()
         (answer,) = Endpoint(server.url, "m", "qwen3")(rows[:1])
         assert least <= time.monotonic() - start < most and not answer.unreadable
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[bad/v1", "http://127.0.0.1:99999/v1", "http://a b/v1"])
+def test_a_url_of_no_server_is_refused_at_once(url):
+    with pytest.raises(ValueError, match="is no URL of a server"):
+        Endpoint(url, "m", "qwen3")
 
 
 def test_faults_that_stay_are_errors(rows, monkeypatch):
