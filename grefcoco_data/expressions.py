@@ -135,6 +135,7 @@ class _Sentences:
     def __init__(self, images: pa.Table) -> None:
         self.images = images
         self.table = images.select([name for name in images.column_names if name != "image"]).combine_chunks()
+        self._refuse_empty_values()
         self.image_ids = self.table["image_id"].to_numpy()
         self.objects, self.expressions = (_flatten(self.table[name]) for name in ("objects", "expressions"))
         self.image_of_object, self.image_of_sentence = (
@@ -159,6 +160,14 @@ class _Sentences:
         if name in EXPRESSION:
             return self.expressions.field(name)
         return makers[name]() if name in makers else self.table[name].take(pa.array(self.image_of_sentence))
+
+    def _refuse_empty_values(self) -> None:
+        """Refuse nulls, which no field may be, at any depth."""
+        for name in self.images.column_names:
+            column = self.images[name] if name == "image" else self.table[name]
+            # the bytes or the path of an image may be missing, not both
+            if any(chunk.null_count if name == "image" else _has_null(chunk) for chunk in column.chunks):
+                raise ValueError(f"The rows cannot be used: the column {name} has a field without a value.")
 
     def _check(self) -> None:
         """Refuse what would crash in C code or give the mask of something else."""
@@ -251,6 +260,16 @@ class _Sentences:
             row for chunk in stored.chunks for i in range(len(chunk)) for row in [chunk.slice(i, 1)] * next(each)
         ]
         return pa.chunked_array(chunks, stored.type)
+
+
+def _has_null(array: pa.Array) -> bool:
+    """Whether a value at any depth is null."""
+    if array.null_count:
+        return True
+    if pa.types.is_struct(array.type):
+        return any(map(_has_null, array.flatten()))
+    is_list = pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type)
+    return is_list and _has_null(array.flatten())
 
 
 def _flatten(lists: pa.ChunkedArray) -> pa.Array:

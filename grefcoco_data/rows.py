@@ -89,6 +89,9 @@ def explode(batch: dict[str, list], columns: Sequence[str]) -> dict[str, list]:
         columns: of `EXPRESSION_FEATURES`, or `objects`.
     """
     objects, expressions = batch["objects"][0], batch["expressions"][0]
+    for name, (value,) in batch.items():
+        if value is None or (name != "image" and _has_none(value)):
+            raise ValueError(f"The rows cannot be used: the column {name} has a field without a value.")
     height, width = batch["height"][0], batch["width"][0]
     by_id = {item["ann_id"]: item for item in objects}
     if fault := _image_row_fault(objects, by_id, expressions, height, width):
@@ -133,6 +136,15 @@ def _image_row_fault(
     wanted = (ann_id for expression in expressions for ann_id in expression["ann_ids"])
     unknown = next((ann_id for ann_id in wanted if ann_id not in by_id), None)
     return None if unknown is None else f"has no object {unknown}, which one of its sentences names"
+
+
+def _has_none(value: object) -> bool:
+    """Whether a value at any depth is None."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return value is None
+    return any(map(_has_none, value))
 
 
 def _read_or_note(

@@ -217,7 +217,8 @@ def streamed_rows(folder: Path) -> Iterator[dict]:
 def plain_rows(folder: Path) -> Iterator[dict]:
     """The rows of the image rows one by one; whatever is wrong with them is an error."""
     try:
-        for image in pq.read_table(shard(folder)).to_pylist():
+        table = pq.read_table(shard(folder)).select(list(grefcoco.IMAGE_FEATURES))
+        for image in table.cast(grefcoco.IMAGE_FEATURES.arrow_schema).to_pylist():
             batch = explode({name: [value] for name, value in image.items()}, list(grefcoco.EXPRESSION_FEATURES))
             yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
     except Exception as error:

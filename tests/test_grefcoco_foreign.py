@@ -57,6 +57,13 @@ FAULTS = {
     "no size": (set_rle(size=[]), "another size"),
     "a huge image": (lambda x: x[1].update(width=10**6, height=10**6), "no image can have"),
     "a negative image": (lambda x: x[1].update(width=-1), "no image can have"),
+    "no sentence": (lambda x: x[1]["expressions"][0].update(sentence=None), "column expressions has a field without"),
+    "no side of a box": (
+        lambda x: x[1]["objects"][0].update(bbox=[1, 2, None, 4]),
+        "column objects has a field without",
+    ),
+    "no image": (lambda x: x[1].update(image=None), "column image has a field without"),
+    "no width": (lambda x: x[1].update(width=None), "column width has a field without"),
     "empty counts": (set_rle(counts=""), "does not cover"),
     "short counts": (set_rle(counts="11"), "does not cover"),
     "counts that go on": (set_rle(counts="Y" * 9), "does not cover"),
@@ -73,7 +80,7 @@ def test_rows_that_contradict_themselves_are_one_error(built, fault):
         with pytest.raises(ValueError, match=message) as error:
             list(grefcoco.load(built, split="val", streaming=streaming))
         errors.append(str(error.value))
-    assert errors[0] == errors[1] and "image" in errors[0]
+    assert errors[0] == errors[1] and ("image" in errors[0] or "column" in errors[0])
 
 
 def test_annotation_ids_can_be_unique_per_image_only(built):

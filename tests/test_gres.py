@@ -360,7 +360,7 @@ def test_a_sentence_takes_64_bytes_at_most():
     [
         ({"no_target_score": [1.5]}, "apply softmax"),
         ({"no_target_score": [float("nan")]}, "apply softmax"),
-        ({"num_targets": [200]}, "num_targets runs from 200 to 200"),
+        ({"num_targets": [2**32]}, "num_targets runs from 4294967296 to 4294967296"),
         ({"union": [2**31]}, "union"),
         ({"source": ["x" * 17]}, "longer than 16 bytes"),
         ({"sent_id": [1, 2]}, r"sent_id has shape \(2,\), there are 1"),
