@@ -200,7 +200,7 @@ class Poisoned(processing_rela.RelaCollator):
     bad: frozenset[int] = frozenset()
 
     def __call__(self, rows):
-        batch = super().__call__(rows)
+        batch = self.processor.normalize(super().__call__(rows))  # bytes cannot be not finite
         if self.bad & {row["sent_id"] for row in rows}:
             batch["pixel_values"][0, 0, 0, 0] = float("nan")
         return batch
