@@ -192,7 +192,8 @@ def load_videos(
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
             `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
             only, those of `IMAGE_FEATURES`, one row per frame. Map-style, images, boxes and masks are read when a row
-            is asked for; to concatenate such rows makes those of all in memory, except the bytes of images.
+            is asked for. Operations that join tables (concatenate, interleave, add a column) make all in memory,
+            about 10 kB a row: join streams where rows are many.
         columns: Columns to keep; without images, no image is read.
 
     Raises:

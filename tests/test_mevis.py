@@ -21,6 +21,7 @@ from grefcoco_data import mevis, video_building
 from grefcoco_data.commands import main
 from grefcoco_data.masks import decode_mask, encode_mask
 from grefcoco_data.rows import EXPRESSION_FEATURES, explode
+from grefcoco_data.video_commands import video_statistics
 from grefcoco_data.video_rows import MAX_FRAMES, FrameTable, merged_masks
 from tests import test_grefcoco_operations as operations
 
@@ -441,7 +442,11 @@ def test_commands(genuine, built, tmp_path, capsys):
     assert main(["check", str(genuine), "--config", "mevis"]) == 0
     assert "not the official release" in capsys.readouterr().out
     assert main(["stats", str(built), "--config", "mevis"]) == 0
-    assert "| valid_u | 4 | 28 | 4 | " in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| valid_u | 4 | 28 | 4 | " in table
+    plots = tmp_path / "plots.png"
+    assert main(["stats", str(built), "--config", "mevis", "--out", str(plots)]) == 0
+    assert capsys.readouterr().out == f"{table}The plots are in {plots}\n" and Image.open(plots).width > 1500
     assert main(["show", str(built), "--config", "mevis", "--out", str(tmp_path / "page"), "--limit", "3"]) == 0
     assert len(list((tmp_path / "page").glob("*.png"))) == 3
     assert (tmp_path / "page/index.html").read_text().count("<figure>") == 3
@@ -449,6 +454,17 @@ def test_commands(genuine, built, tmp_path, capsys):
     assert main(["export", str(built), "--config", "mevis", "--out", str(tmp_path / "x")]) == 2
     assert main(["build", "--annotations", "a", "--out", "b"]) == 2
     assert "--images is missing" in capsys.readouterr().err
+
+
+def test_video_statistics_are_counted_by_hand():
+    """More masks than pycocotools measures at once; the target is on all frames but one."""
+    quarter = encode_mask(np.arange(16).reshape(4, 4) < 4)
+    expressions = [{"anno_ids": ids, "sentence": "a b"} for ids in ([7], [])]
+    objects = [{"anno_id": 7, "segmentations": [quarter] * 399 + [None]}]
+    video = {"frame_names": ["x"] * 400, "objects": objects, "expressions": expressions, "width": 4, "height": 4}
+    values = {name: array.tolist() for name, array in video_statistics([video]).items()}
+    assert values.pop("mask_share") == [25] * 399
+    assert values == {"targets": [1, 0], "words": [2, 2], "frames": [400], "visible": [99.75]}
 
 
 def test_check_finds_damage(genuine, tmp_path, capsys):
