@@ -192,8 +192,8 @@ def load_videos(
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
             `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
             only, those of `IMAGE_FEATURES`, one row per frame. Map-style, images, boxes and masks are read when a row
-            is asked for. Operations that join tables (concatenate, interleave, add a column) make all in memory,
-            about 10 kB a row: join streams where rows are many.
+            is asked for. Operations that need one whole table (concatenate, interleave, sort, add a column) make all in
+            memory, about 10 kB a row: select the columns first, or join streams.
         columns: Columns to keep; without images, no image is read.
 
     Raises:
@@ -371,7 +371,7 @@ class FrameTable(ExpressionTable):
 
     Images, boxes and masks would take gigabytes: of the rows that are asked for, they are made of the video rows. The
     stored table holds the other values, and in place of these the video, the frame and the sentence. What needs all
-    rows as one Arrow table, such as to concatenate, makes all values; images are not copied.
+    rows as one Arrow table, such as to concatenate or to sort, makes all values; images are not copied.
     """
 
     _make = staticmethod(lambda videos, columns: _frame_index(videos.table, columns))

@@ -132,7 +132,12 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+def fast(name: str) -> object:
+    """The name of an operation; of those in two processes one is enough for the fast suite."""
+    return pytest.param(name, marks=pytest.mark.slow) if "in two processes" in name else name
+
+
+@pytest.mark.parametrize("name", map(fast, OPERATIONS))
 def test_operations_on_frame_rows_give_what_they_give_on_plain_rows(frames, plain_frames, name):
     if "torch" in name or "loader" in name:
         pytest.importorskip("torch")
