@@ -192,7 +192,7 @@ def load_videos(
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
             `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
             only, those of `IMAGE_FEATURES`, one row per frame. Map-style, images, boxes and masks are read when a row
-            is asked for. Operations that need one whole table (concatenate, interleave, sort, add a column) make all in
+            is asked for. What needs one whole table (concatenate, interleave, sort, add a column) makes all rows in
             memory, about 10 kB a row: select the columns first, or join streams.
         columns: Columns to keep; without images, no image is read.
 
