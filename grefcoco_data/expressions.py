@@ -59,17 +59,29 @@ class ExpressionTable(TableBlock):
     """
 
     def __init__(self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step] = ()) -> None:
-        table = expression_table(images.table, columns)
+        stored = self._make(images, columns)
         for name, arguments, options in steps:
-            table = getattr(table, name)(*arguments, **options)
-        self._set(images, columns, steps, table)
+            stored = getattr(stored, name)(*arguments, **options)
+        self._set(images, columns, steps, stored)
+
+    @staticmethod
+    def _make(images: datasets.table.Table, columns: Sequence[str]) -> pa.Table:
+        return expression_table(images.table, columns)
 
     def _set(
-        self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step], table: pa.Table
+        self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step], stored: pa.Table
     ) -> None:
-        self.images, self.made_columns, self.steps, self.table = images, tuple(columns), tuple(steps), table
-        self._schema = table.schema
+        self.images, self.made_columns, self.steps, self.stored = images, tuple(columns), tuple(steps), stored
+        self._schema = stored.schema
         self._batches: list[pa.RecordBatch] = []  # not used
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows."""
+        return self.stored
+
+    def __deepcopy__(self, memo: dict) -> ExpressionTable:
+        return self  # nothing of it changes
 
     def __getstate__(self) -> dict:
         return {"images": self.images, "columns": self.made_columns, "steps": self.steps}
@@ -84,9 +96,9 @@ class ExpressionTable(TableBlock):
             pa.chunked_array([column.chunk(i) for i in indices], column.type)
             if _has_chunk_per_row(column)
             else column.take(rows)
-            for column in self.table.columns
+            for column in self.stored.columns
         ]
-        return pa.Table.from_arrays(columns, schema=self._schema)
+        return pa.Table.from_arrays(columns, schema=self.stored.schema)
 
     def fast_slice(self, offset: int = 0, length: int | None = None) -> pa.Table:
         """`length` rows from `offset` on, or all."""
@@ -95,20 +107,26 @@ class ExpressionTable(TableBlock):
             pa.chunked_array([column.chunk(i) for i in range(offset, stop)], column.type)
             if _has_chunk_per_row(column)
             else column.slice(offset, stop - offset)
-            for column in self.table.columns
+            for column in self.stored.columns
         ]
-        return pa.Table.from_arrays(columns, schema=self._schema)
+        return pa.Table.from_arrays(columns, schema=self.stored.schema)
 
     def _after(self, name: str, *arguments: object, **options: object) -> ExpressionTable:
         """The table after one more operation, which changes no value."""
         table = type(self).__new__(type(self))
-        changed = getattr(self.table, name)(*arguments, **options)
+        changed = getattr(self.stored, name)(*arguments, **options)
         table._set(self.images, self.made_columns, (*self.steps, (name, arguments, options)), changed)
         return table
 
     def _plain(self, name: str, *arguments: object, **options: object) -> InMemoryTable:
         """The result of an operation that changes values, as a table without shared columns."""
         return getattr(InMemoryTable(self.table), name)(*arguments, **options)
+
+    def cast(self, target_schema: pa.Schema, *arguments: object, **options: object) -> TableBlock:
+        """The table with these types; where it has them already, as if only features change, with their metadata."""
+        if self._schema.equals(target_schema):
+            return self.replace_schema_metadata(target_schema.metadata)
+        return self._plain("cast", target_schema, *arguments, **options)
 
     slice = partialmethod(_after, "slice")
     select = partialmethod(_after, "select")
@@ -119,7 +137,6 @@ class ExpressionTable(TableBlock):
     filter = partialmethod(_plain, "filter")
     flatten = partialmethod(_plain, "flatten")
     combine_chunks = partialmethod(_plain, "combine_chunks")
-    cast = partialmethod(_plain, "cast")
     add_column = partialmethod(_plain, "add_column")
     append_column = partialmethod(_plain, "append_column")
     set_column = partialmethod(_plain, "set_column")

@@ -25,6 +25,12 @@ TARGET_COLOURS = (
     (188, 189, 34),
     (23, 190, 207),
 )
+SENTENCE_PANELS = {  # plots of `sentence_statistics`
+    "targets": ("targets", "sentences"),
+    "words": ("words", "sentences"),
+    "mask_share": ("area of the targets, % of the image", "sentences"),
+}
+MAX_COUNT_BINS = 50  # larger numbers share bins
 SAMPLES_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -98,8 +104,15 @@ def sentence_statistics(refer: GRefer, split: str) -> dict[str, np.ndarray]:
     }
 
 
-def draw_statistics(statistics: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Write a PNG with histograms of `sentence_statistics`, one line per split.
+def draw_statistics(
+    statistics: dict[str, dict[str, np.ndarray]], path: Path, panels: dict[str, tuple[str, str]] = SENTENCE_PANELS
+) -> None:
+    """Write a PNG with histograms, one line per split.
+
+    Args:
+        statistics: by split and name, such as `sentence_statistics`.
+        path: of the PNG.
+        panels: by name of what is drawn, what it is and of what.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -108,19 +121,19 @@ def draw_statistics(statistics: dict[str, dict[str, np.ndarray]], path: Path) ->
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError("Plots need matplotlib: pip install 'grefcoco[plot]'.") from error
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    titles = {"targets": "targets", "words": "words", "mask_share": "area of the targets, % of the image"}
-    for axes, (name, title) in zip(panels, titles.items()):
+    figure = Figure(figsize=(13 / 3 * len(panels), 3.4), layout="constrained")
+    every_axes = figure.subplots(1, len(panels))
+    for axes, (name, (title, unit)) in zip(every_axes, panels.items()):
         values = np.concatenate([columns[name] for columns in statistics.values()] or [np.ones(1)])
         top = np.ceil(np.quantile(values, 0.995)) if len(values) else 1  # the last bin holds the few larger ones
-        bins = np.linspace(0, max(top, 1), 26) if name == "mask_share" else np.arange(0, top + 2) - 0.5
+        is_count = np.issubdtype(values.dtype, np.integer) and top <= MAX_COUNT_BINS
+        bins = np.arange(0, top + 2) - 0.5 if is_count else np.linspace(0, max(top, 1), 26)
         for split, columns in statistics.items():
             weights = np.full(len(columns[name]), 100 / max(1, len(columns[name])))
             axes.hist(np.minimum(columns[name], bins[-1]), bins, weights=weights, histtype="step", label=split)
-        axes.set(xlabel=title, ylabel="% of sentences")
+        axes.set(xlabel=title, ylabel=f"% of {unit}")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
+    every_axes[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

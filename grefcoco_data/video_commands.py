@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import html
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from grefcoco_data.annotations import Problems
 from grefcoco_data.atomic_files import new_file, sha256, write_text
@@ -16,12 +18,18 @@ from grefcoco_data.building import REPORT, damaged_files, read_report
 from grefcoco_data.masks import decode_mask
 from grefcoco_data.official import push
 from grefcoco_data.pictures import decode_image
-from grefcoco_data.show import SAMPLES_PAGE, TARGET_COLOURS
+from grefcoco_data.show import SAMPLES_PAGE, TARGET_COLOURS, draw_statistics
 from grefcoco_data.video_building import build_videos, download_videos, source_files
 from grefcoco_data.video_collections import video_collection_of
 from grefcoco_data.video_rows import VIDEO_FEATURES, load_videos
 
 FRAMES_SHOWN = 4  # of a video, on the page of samples
+VIDEO_PANELS = {  # plots of `video_statistics`
+    "targets": ("targets", "sentences"),
+    "visible": ("frames with a target, % of the video", "sentences with targets"),
+    "frames": ("frames", "videos"),
+    "mask_share": ("area of an object, % of the frame", "masks"),
+}
 FRAME_WIDTH = 240  # pixels of a frame on the page
 
 
@@ -93,28 +101,44 @@ def _print_report(report: dict) -> None:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    if options.out:
-        raise ValueError("--out is not for videos: there are no plots of them.")
     columns = [name for name in VIDEO_FEATURES if name != "frames"]
     splits = load_videos(options.source, options.config, layout="video", columns=columns)
+    statistics = {split: video_statistics(videos) for split, videos in splits.items()}
+    if options.out:
+        draw_statistics(statistics, Path(options.out), VIDEO_PANELS)
     print(
         "| split | videos | expressions | none | single | multi | words | frames | visible, % |\n" + "|---" * 9 + "|"
     )
-    for split, videos in splits.items():
-        targets, words, frames, visible = [], [], [], []
-        for video in videos:
-            frames.append(len(video["frame_names"]))
-            shown = {o["anno_id"]: [mask is not None for mask in o["segmentations"]] for o in video["objects"]}
-            for expression in video["expressions"]:
-                targets.append(len(expression["anno_ids"]))
-                words.append(len(expression["sentence"].split()))
-                if expression["anno_ids"]:
-                    visible.append(np.any([shown[anno_id] for anno_id in expression["anno_ids"]], axis=0).mean())
-        targets = np.array(targets)
-        kinds = [len(videos), len(targets), (targets == 0).sum(), (targets == 1).sum(), (targets > 1).sum()]
-        means = [np.mean(words), np.mean(frames), 100 * np.mean(visible or [0])]
+    for split, values in statistics.items():
+        targets = values["targets"]
+        kinds = [len(splits[split]), len(targets), (targets == 0).sum(), (targets == 1).sum(), (targets > 1).sum()]
+        means = [values[name].mean() if len(values[name]) else 0.0 for name in ("words", "frames", "visible")]
         print(f"| {split} | " + " | ".join([*(f"{n:,}" for n in kinds), *(f"{n:.1f}" for n in means)]) + " |")
+    if options.out:
+        print(f"The plots are in {options.out}")
     return 0
+
+
+def video_statistics(videos: Iterable[dict]) -> dict[str, np.ndarray]:
+    """Numbers of video rows.
+
+    `targets` and `words` of each sentence; `visible` of each one with targets: the frames that show one, in % of all;
+    `frames` of each video; `mask_share` of each object on each frame that shows it, in % of the frame.
+    """
+    targets, words, visible, frames, shares = [], [], [], [], []
+    for video in videos:
+        frames.append(len(video["frame_names"]))
+        shown = {o["anno_id"]: [mask is not None for mask in o["segmentations"]] for o in video["objects"]}
+        masks = [mask for item in video["objects"] for mask in item["segmentations"] if mask is not None]
+        areas = [coco_mask.area(mask) for mask in masks]  # one by one: of more than 255 together, pycocotools fails
+        shares.append(100 * np.array(areas, float) / (video["width"] * video["height"]))
+        for expression in video["expressions"]:
+            targets.append(len(expression["anno_ids"]))
+            words.append(len(expression["sentence"].split()))
+            if expression["anno_ids"]:
+                visible.append(100 * np.any([shown[anno_id] for anno_id in expression["anno_ids"]], axis=0).mean())
+    counts = {"targets": np.array(targets, int), "words": np.array(words, int), "frames": np.array(frames, int)}
+    return counts | {"visible": np.array(visible, float), "mask_share": np.concatenate([*shares, []])}
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -18,22 +18,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Value
-from PIL import Image
+from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 
 from grefcoco_data.annotations import Problems
-from grefcoco_data.expressions import expression_features
+from grefcoco_data.expressions import ALL_FEATURES, ExpressionTable, Step, expression_features
 from grefcoco_data.images import image_size, pixel_fault
 from grefcoco_data.masks import empty_rle, merge_rles
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
-from grefcoco_data.pictures import decode_image
 from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
 
 VIDEOS_PER_GROUP = 2  # video rows of a row group: the least that a stream reads
 MAX_FRAMES = 10_000  # a frame row's sent_id is the sentence's times this, plus the number of the frame
 LARGE = ("frames", "objects", "expressions")  # columns of a video row of which frames read a part
-PLACE = ("video", "frame", "sentence")  # what large columns of the index of frame rows hold
+MADE = ("image", "boxes", "masks", "mask", "objects")  # columns of frame rows that are made when they are read
+PLACE = ("video", "frame", "sentence")  # what a `FrameTable` stores for large columns
+ROWS_AT_ONCE = 1000  # frame rows whose values are made together, where all are needed
+ALL_TYPES = ALL_FEATURES.arrow_schema
 THING = 1  # category of every object; the data sets have none
 VIDEO_FEATURES = Features(
     {
@@ -189,9 +191,9 @@ def load_videos(
         streaming: Yield rows without preparing anything on disk.
         layout: "video" gives the columns of `VIDEO_FEATURES`, as stored; "frame" (or "expression") those of
             `EXPRESSION_FEATURES`, frame by frame, all sentences of a frame one after the other; "image", of a stream
-            only, those of `IMAGE_FEATURES`, one row per frame. Map-style, a transform reads images, boxes and masks:
-            in another format, and in copies on disk, these columns hold places such as
-            `{"video": 0, "frame": 3, "sentence": 1}`. Streams hold the values.
+            only, those of `IMAGE_FEATURES`, one row per frame. Map-style, images, boxes and masks are read when a row
+            is asked for. What needs one whole table (concatenate, interleave, sort, add a column) makes all rows in
+            memory, about 10 kB a row: select the columns first, or join streams.
         columns: Columns to keep; without images, no image is read.
 
     Raises:
@@ -219,7 +221,7 @@ def _arrange(
     if layout == "video":
         return videos.select_columns(columns)
     if isinstance(videos, datasets.Dataset):
-        return _frame_index(videos, columns)
+        return _frame_rows(videos, columns)
     # as tables, as in `loading`: rows that Python functions make have no types of their own
     stored = [name for name in VIDEO_FEATURES if name != "frames" or "image" in columns]
     of_images = layout == "image"
@@ -309,12 +311,26 @@ def _object(anno_id: int, mask: dict) -> dict:
     return item | {"iscrowd": False, "segmentation": mask}
 
 
-def _frame_index(videos: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """Index of frame rows over video rows; large columns hold places, which `_FrameLookup` replaces by values."""
-    table = videos.with_format(None).data
-    index = pa.concat_tables([_frame_places(row, table) for row in range(len(videos))])
-    index = datasets.Dataset(index, split=videos.split, fingerprint=f"{videos._fingerprint}-frames")
-    return index.select_columns(columns).with_transform(_FrameLookup(videos))
+def _frame_rows(videos: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """Frame rows of map-style video rows."""
+    name = Hasher.hash((videos._fingerprint, columns, EXPRESSION_FEATURES))
+    info = datasets.DatasetInfo(features=expression_features(columns))
+    return datasets.Dataset(FrameTable(videos.data, columns), info=info, split=videos.split, fingerprint=name)
+
+
+def _frame_index(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """All frame rows, with places, which are one array, instead of large columns; their fields name the columns."""
+    large = [name for name in columns if name in MADE]
+    stored = [name for name in columns if name not in large[1:]]
+    parts = [_frame_places(row, videos).select(stored) for row in range(len(videos))]
+    index = pa.concat_tables(parts).combine_chunks()
+    small = {name: index[name].cast(ALL_TYPES.field(name).type) for name in columns if name not in MADE}
+    arrays = [index[large[0]] if name in large else small[name] for name in columns]
+    fields = [
+        pa.field(name, array.type, metadata={"made": name} if name in large else None)
+        for name, array in zip(columns, arrays)
+    ]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def _frame_places(row: int, table: pa.Table) -> pa.Table:
@@ -324,7 +340,7 @@ def _frame_places(row: int, table: pa.Table) -> pa.Table:
     objects = table["objects"][row].values
     num_frames, num_sentences = len(names), len(expressions)
     frames, sentences = (part.ravel() for part in np.indices((num_frames, num_sentences)))
-    places = [pa.array(part) for part in (np.full(len(frames), row), frames, sentences)]
+    places = [pa.array(part, pa.int32()) for part in (np.full(len(frames), row), frames, sentences)]
     places = pa.StructArray.from_arrays(places, names=list(PLACE))  # with names, so that none takes it for a value
     sent_ids = expressions.field("sent_id").to_numpy()
     ann_ids = objects.field("anno_id").to_numpy()
@@ -350,42 +366,114 @@ def _frame_places(row: int, table: pa.Table) -> pa.Table:
     return pa.table({name: columns.get(name, places) for name in (*EXPRESSION_FEATURES, "objects")})
 
 
-class _FrameLookup:
-    """Replaces the places in `_frame_index` by values; of a video, only the frame that is asked for is read."""
+class FrameTable(ExpressionTable):
+    """The table of frame rows as `datasets` uses it, over a table of video rows.
 
-    def __init__(self, videos: datasets.Dataset) -> None:
-        self.videos = videos.with_format(None)
+    Images, boxes and masks would take gigabytes: of the rows that are asked for, they are made of the video rows. The
+    stored table holds the other values, and in place of these the video, the frame and the sentence. What needs all
+    rows as one Arrow table, such as to concatenate or to sort, makes all values; images are not copied.
+    """
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        values = dict(batch)
-        if "image" in batch:
-            places = [(place["video"], place["frame"]) for place in batch["image"]]
-            images = {place: self._image(*place) for place in dict.fromkeys(places)}
-            values["image"] = [images[place] for place in places]
-        for name in batch.keys() & {"boxes", "masks", "mask", "objects"}:
-            places = [tuple(place[part] for part in PLACE) for place in batch[name]]
-            frames = {place: self._frame(*place) for place in dict.fromkeys(place[:2] for place in places)}
-            values[name] = [
-                frame_row(frames[video, frame], frame, self._expression(video, sentence), [name])[name]
-                for video, frame, sentence in places
-            ]
-        return values
+    _make = staticmethod(lambda videos, columns: _frame_index(videos.table, columns))
 
-    def _image(self, video: int, frame: int) -> Image.Image:
-        return decode_image(self.videos.data["frames"][video].values[frame].as_py())
+    def _set(
+        self, images: datasets.table.Table, columns: Sequence[str], steps: Sequence[Step], stored: pa.Table
+    ) -> None:
+        super()._set(images, columns, steps, stored)
+        fields = [
+            pa.field(field.name, ALL_TYPES.field(_made_column(field)).type) if _made_column(field) else field
+            for field in stored.schema
+        ]
+        self._schema = pa.schema(fields, metadata=stored.schema.metadata)
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows, with their values."""
+        parts = [self.fast_slice(start, ROWS_AT_ONCE) for start in range(0, self.num_rows, ROWS_AT_ONCE)]
+        return pa.concat_tables(parts) if parts else self._schema.empty_table()
+
+    schema = property(lambda self: self._schema)
+    num_rows = property(lambda self: self.stored.num_rows)
+    num_columns = property(lambda self: self.stored.num_columns)
+    shape = property(lambda self: self.stored.shape)
+    column_names = property(lambda self: self.stored.column_names)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all values, estimated of some rows."""
+        some = np.linspace(0, self.num_rows - 1, min(self.num_rows, 50)).astype(int)
+        return self.fast_gather(some).nbytes * self.num_rows // max(len(some), 1)
+
+    def column(self, name: str | int) -> pa.ChunkedArray:
+        """The values of one column."""
+        return self.select([name]).table.column(0)
+
+    __getitem__ = column
+
+    def fast_gather(self, indices: Sequence[int]) -> pa.Table:
+        """The rows at these positions."""
+        return self._values(super().fast_gather(indices))
+
+    def fast_slice(self, offset: int = 0, length: int | None = None) -> pa.Table:
+        """`length` rows from `offset` on, or all."""
+        return self._values(super().fast_slice(offset, length))
+
+    def to_reader(self, max_chunksize: int | None = None) -> pa.RecordBatchReader:
+        """All rows in batches of at most this many, each made when it is read."""
+        size = max_chunksize or ROWS_AT_ONCE
+        parts = (self.fast_slice(start, size) for start in range(0, self.num_rows, size))
+        return pa.RecordBatchReader.from_batches(
+            self._schema, (batch for part in parts for batch in part.to_batches())
+        )
+
+    def _values(self, stored: pa.Table) -> pa.Table:
+        """Rows of the stored table, with values in the place of places."""
+        made = [_made_column(field) for field in stored.schema]
+        if not any(made):
+            return stored
+        names = list(filter(None, made))
+        places = stored[made.index(names[0])].to_pylist()
+        places = [tuple(place[part] for part in PLACE) for place in places]
+        frames = {place: self._frame(*place) for place in dict.fromkeys(place[:2] for place in places)}
+        expressions = {place: self._expression(*place) for place in {(place[0], place[2]) for place in places}}
+        rows = (
+            [frame_row(frames[v, f], f, expressions[v, s], names) for v, f, s in places] if names != ["image"] else []
+        )
+        columns = [
+            column
+            if name is None
+            else self._images([place[:2] for place in places], field.type)
+            if name == "image"
+            else pa.array([row[name] for row in rows], field.type)
+            for name, column, field in zip(made, stored.columns, self._schema)
+        ]
+        return pa.Table.from_arrays(columns, schema=self._schema)
+
+    def _images(self, places: Sequence[tuple[int, int]], kind: pa.DataType) -> pa.ChunkedArray:
+        """Chunks of one image, which point to the stored bytes: all sentences on a frame share them."""
+        images = {(v, f): self.images["frames"][v].values.slice(f, 1) for v, f in dict.fromkeys(places)}
+        return pa.chunked_array([images[place] for place in places], kind)
 
     def _expression(self, video: int, sentence: int) -> dict:
-        return self.videos.data["expressions"][video].values[sentence].as_py()
+        return self.images["expressions"][video].values[sentence].as_py()
 
     def _frame(self, video: int, frame: int) -> dict:
         """A video row whose objects have the masks of one frame only."""
-        row = {name: self.videos.data[name][video].as_py() for name in VIDEO_FEATURES if name not in LARGE}
-        objects = self.videos.data["objects"][video].values
+        row = {name: self.images[name][video].as_py() for name in VIDEO_FEATURES if name not in LARGE}
+        objects = self.images["objects"][video].values
         places = np.arange(len(objects)) * len(row["frame_names"]) + frame
         masks = objects.field("segmentations").flatten().take(pa.array(places)).to_pylist()
         ids = objects.field("anno_id").to_pylist()
         row["objects"] = [{"anno_id": key, "segmentations": {frame: mask}} for key, mask in zip(ids, masks)]
         return row
+
+
+def _made_column(field: pa.Field) -> str | None:
+    """The column of frame rows that a field of places stands for, also after it is renamed."""
+    return (field.metadata or {}).get(b"made", b"").decode() or None
 
 
 def merged_masks(video: dict, expression: dict) -> list[dict]:

@@ -1,6 +1,7 @@
 """Data sets about videos: genuine files to Parquet, rows of videos and of frames, and what is wrong is named."""
 
 import json
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,9 @@ from grefcoco_data import mevis, video_building
 from grefcoco_data.commands import main
 from grefcoco_data.masks import decode_mask, encode_mask
 from grefcoco_data.rows import EXPRESSION_FEATURES, explode
-from grefcoco_data.video_rows import MAX_FRAMES, merged_masks
+from grefcoco_data.video_commands import video_statistics
+from grefcoco_data.video_rows import MAX_FRAMES, FrameTable, merged_masks
+from tests import test_grefcoco_operations as operations
 
 TRUTH = json.loads((GOLDENS / "valid_u/mask_dict.json").read_text())
 SENTENCES = json.loads((GOLDENS / "valid_u/meta_expressions.json").read_text())["videos"]
@@ -105,9 +108,75 @@ def test_a_copy_of_streamed_frames_has_their_values(built, tmp_path):
         assert np.array_equal(one.pop("image"), other.pop("image")) and one == other
 
 
-def test_frame_rows_in_another_format_are_not_taken_for_values(built):
-    rows = grefcoco.load(built, config="mevis", split="valid_u").with_format(None)
-    assert rows[0]["mask"] == {"video": 0, "frame": 0, "sentence": 0}
+@pytest.fixture(scope="module")
+def frames(built) -> datasets.Dataset:
+    """Frame rows of two videos."""
+    rows = grefcoco.load(built, config="mevis", split="valid_u", columns=operations.COLUMNS)
+    rows = rows.select(range(40, 70))
+    assert len(set(rows["width"])) > 1 and {len(ids) for ids in rows["ann_ids"]} >= {0, 1, 2}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def plain_frames(built, frames) -> datasets.Dataset:
+    """The same rows as `datasets` itself makes them, of a stream."""
+    stream = grefcoco.load(built, config="mevis", split="valid_u", columns=operations.COLUMNS, streaming=True)
+    rows = list(stream.cast_column("image", datasets.Image(decode=False)).skip(40).take(30))
+    return datasets.Dataset.from_list(rows, features=frames.features)
+
+
+OPERATIONS = {
+    **{name: operation for name, (operation, _) in (operations.BOTH | operations.MAP_ONLY).items()},
+    **operations.AS_PLAIN,
+    **operations.OF_TABLES,
+}
+
+
+def fast(name: str) -> object:
+    """The name of an operation; of those in two processes one is enough for the fast suite."""
+    return pytest.param(name, marks=pytest.mark.slow) if "in two processes" in name else name
+
+
+@pytest.mark.parametrize("name", map(fast, OPERATIONS))
+def test_operations_on_frame_rows_give_what_they_give_on_plain_rows(frames, plain_frames, name):
+    if "torch" in name or "loader" in name:
+        pytest.importorskip("torch")
+    results, expected = ([operations.simple(row) for row in OPERATIONS[name](rows)] for rows in (frames, plain_frames))
+    assert results == expected and expected
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "csv", "sql"])
+def test_copies_of_frame_rows_in_files_are_those_of_plain_rows(frames, plain_frames, tmp_path, form):
+    (tmp_path / "plain").mkdir()
+    results = [operations.simple(row) for row in operations.read_back(frames, form, tmp_path)]
+    expected = [operations.simple(row) for row in operations.read_back(plain_frames, form, tmp_path / "plain")]
+    assert results == expected and expected
+
+
+def test_frame_rows_survive_a_copy_on_disk(built, tmp_path):
+    rows = grefcoco.load(built, config="mevis", split="valid_u")
+    rows.save_to_disk(tmp_path / "copy", num_shards=2)
+    copied = datasets.load_from_disk(tmp_path / "copy")
+    assert [operations.simple(row) for row in copied] == [operations.simple(row) for row in rows]
+    assert rows.features == EXPRESSION_FEATURES
+    assert copied.features.arrow_schema.types == rows.features.arrow_schema.types
+
+
+def test_large_columns_of_frame_rows_are_made_when_they_are_read(built):
+    rows = grefcoco.load(built, config="mevis", split="valid_u", columns=operations.COLUMNS)
+    whole = rows.data.table
+    for part in (
+        rows.data,
+        rows.rename_column("mask", "union").select(range(9)).data,
+        pickle.loads(pickle.dumps(rows.data)),
+    ):
+        assert isinstance(part, FrameTable) and part.stored.nbytes < 300 * len(part)
+    assert rows.data.nbytes == pytest.approx(whole.nbytes, rel=0.2)
+    addresses = {}  # all sentences on a frame point to the bytes of one image
+    for image, image_id in zip(whole["image"].chunks, whole["image_id"].to_pylist()):
+        address = image.field("bytes").buffers()[2].address, image.offset
+        assert addresses.setdefault(image_id, address) == address
+    assert len(pickle.dumps(rows)) < 20_000
 
 
 def test_a_frame_is_an_image_row_of_a_stream(built):
@@ -378,7 +447,11 @@ def test_commands(genuine, built, tmp_path, capsys):
     assert main(["check", str(genuine), "--config", "mevis"]) == 0
     assert "not the official release" in capsys.readouterr().out
     assert main(["stats", str(built), "--config", "mevis"]) == 0
-    assert "| valid_u | 4 | 28 | 4 | " in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| valid_u | 4 | 28 | 4 | " in table
+    plots = tmp_path / "plots.png"
+    assert main(["stats", str(built), "--config", "mevis", "--out", str(plots)]) == 0
+    assert capsys.readouterr().out == f"{table}The plots are in {plots}\n" and Image.open(plots).width > 1500
     assert main(["show", str(built), "--config", "mevis", "--out", str(tmp_path / "page"), "--limit", "3"]) == 0
     assert len(list((tmp_path / "page").glob("*.png"))) == 3
     assert (tmp_path / "page/index.html").read_text().count("<figure>") == 3
@@ -386,6 +459,17 @@ def test_commands(genuine, built, tmp_path, capsys):
     assert main(["export", str(built), "--config", "mevis", "--out", str(tmp_path / "x")]) == 2
     assert main(["build", "--annotations", "a", "--out", "b"]) == 2
     assert "--images is missing" in capsys.readouterr().err
+
+
+def test_video_statistics_are_counted_by_hand():
+    """More masks than pycocotools measures at once; the target is on all frames but one."""
+    quarter = encode_mask(np.arange(16).reshape(4, 4) < 4)
+    expressions = [{"anno_ids": ids, "sentence": "a b"} for ids in ([7], [])]
+    objects = [{"anno_id": 7, "segmentations": [quarter] * 399 + [None]}]
+    video = {"frame_names": ["x"] * 400, "objects": objects, "expressions": expressions, "width": 4, "height": 4}
+    values = {name: array.tolist() for name, array in video_statistics([video]).items()}
+    assert values.pop("mask_share") == [25] * 399
+    assert values == {"targets": [1, 0], "words": [2, 2], "frames": [400], "visible": [99.75]}
 
 
 def test_check_finds_damage(genuine, tmp_path, capsys):

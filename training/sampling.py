@@ -93,7 +93,7 @@ class TrainRows(Dataset):
 
 def donors(rows: datasets.Dataset) -> Donors:
     """The sentences that hard negatives of these expression rows are taken from."""
-    index = rows.with_format("numpy", columns=["image_id", "sentence", "raw", "category_ids"])[:]
+    index = rows.select_columns(["image_id", "sentence", "raw", "category_ids"]).with_format("numpy")[:]
     return Donors(index["sentence"], index["raw"], index["category_ids"], index["image_id"].tolist())
 
 
