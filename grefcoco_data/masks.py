@@ -105,8 +105,21 @@ def _checked_counts(rle: dict, height: int, width: int) -> tuple[list[int], str 
     elif sum(counts) != height * width:
         fault = "RLE that does not cover its image exactly"
     else:
-        return counts, None
+        return _without_empty_runs(counts), None
     return [height * width], fault
+
+
+def _without_empty_runs(counts: list[int]) -> list[int]:
+    """The same mask; only the first run may be empty, because pycocotools merges other RLEs wrongly or crashes."""
+    if all(counts[1:]):
+        return counts
+    joined = counts[:1]
+    for index, run in enumerate(counts[1:], 1):
+        if run and index % 2 == len(joined) % 2:
+            joined.append(run)
+        else:  # of the kind of the run before, or empty
+            joined[-1] += run
+    return joined
 
 
 def _decoded_counts(text: str) -> list[int] | None:
@@ -132,7 +145,9 @@ def _decoded_counts(text: str) -> list[int] | None:
 
 
 def rle_covers_image(counts: pa.StringArray, pixels: np.ndarray) -> np.ndarray:
-    """Whether each compressed RLE covers its image exactly, (n,) bool; the same rules as for one in `to_rle`.
+    """Whether each compressed RLE covers its image exactly, without empty runs after the first, (n,) bool.
+
+    `to_rle` makes such RLEs. Merging others, pycocotools stops too early or writes outside its memory.
 
     Args:
         counts: n texts.
@@ -193,7 +208,7 @@ def _numbers(bits: np.ndarray, is_last: np.ndarray, last: np.ndarray) -> np.ndar
 
 
 def _runs_cover(values: np.ndarray, first: np.ndarray, stop: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Whether the runs of each text are 0 to `MAX_PIXELS` long and their sum is its pixels, (n,) bool.
+    """Whether the runs of each text are 1 to `MAX_PIXELS` long (the first may be 0) and sum to its pixels, (n,) bool.
 
     From its fourth number on, a text holds the difference to the number two places before. So the runs after the first
     are sums over every second number, less the sum before.
@@ -214,6 +229,6 @@ def _runs_cover(values: np.ndarray, first: np.ndarray, stop: np.ndarray, pixels:
         bounds = np.stack([begin, end], axis=1).ravel()
         shortest, longest, covered = (f.reduceat(sums, bounds)[::2] for f in (np.minimum, np.maximum, np.add))
         is_empty = begin == end  # as in a text of one number
-        fits &= is_empty | ((shortest >= base) & (longest - base <= MAX_PIXELS))
+        fits &= is_empty | ((shortest > base) & (longest - base <= MAX_PIXELS))
         total += np.where(is_empty, 0, covered - (end - begin) * base)
     return fits & (total == pixels)

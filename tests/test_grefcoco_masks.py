@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,53 @@ def test_rle_round_trip(packed):
     for counts in (rle["counts"].decode(), masks._decoded_counts(rle["counts"].decode())):
         copy, fault = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
         assert fault is None and copy["counts"].encode() == rle["counts"]
+
+
+def compressed(counts: list[int], digits: list[int]) -> str:
+    """Text of run lengths, each number with at least this many digits."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        width = digits[i]
+        while not -(1 << 5 * width - 1) <= value < 1 << 5 * width - 1:
+            width += 1
+        text += "".join(chr(48 + (value >> 5 * n & 31 | 32 * (n < width - 1))) for n in range(width))
+    return text
+
+
+RUNS = st.one_of(st.integers(0, 40), st.integers(0, masks.MAX_PIXELS), st.integers(-(1 << 34), 1 << 34))
+TEXTS = st.lists(st.tuples(RUNS, st.integers(1, 8)), min_size=1, max_size=8).map(
+    lambda pairs: compressed([run for run, _ in pairs], [digits for _, digits in pairs])
+)
+
+
+@given(
+    st.lists(st.tuples(TEXTS, st.sampled_from([0, 0, 0, 1, 1 << 32])), max_size=12), st.sampled_from([1, 30, 1 << 18])
+)
+@settings(max_examples=200, deadline=None)
+def test_rles_of_many_digits_are_checked_as_by_hand(drawn, block):
+    texts = [text for text, _ in drawn]
+    every = [masks._decoded_counts(text) or [0] for text in texts]
+    pixels = [(sum(counts) + more) % (1 << 32) % (masks.MAX_PIXELS + 1) for counts, (_, more) in zip(every, drawn)]
+    expected = [
+        min(counts) >= 0 and 0 not in counts[1:] and sum(counts) == area > 0 for counts, area in zip(every, pixels)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "BLOCK", block)
+        covers = masks.rle_covers_image(pa.array(texts, pa.string()), np.array([area or -1 for area in pixels]))
+    assert covers.tolist() == expected
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12).filter(any))
+@settings(max_examples=100, deadline=None)
+def test_empty_runs_are_joined(counts):
+    height = sum(counts)
+    rle, fault = masks.to_rle({"size": [height, 1], "counts": counts}, height, 1)
+    expected = np.repeat(np.arange(len(counts)) % 2, counts)
+    assert fault is None and np.array_equal(masks.decode_mask(rle)[:, 0], expected)
+    assert rle == masks.encode_mask(expected[:, None])
+    whole = compressed(counts, [1] * len(counts))
+    assert masks.rle_covers_image(pa.array([whole]), np.array([height])).tolist() == [0 not in counts[1:]]
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=30, max_codepoint=130), max_size=40))
