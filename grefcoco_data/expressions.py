@@ -197,7 +197,7 @@ class _Sentences:
         expected = self.sizes[self.image_of_object]
         self._refuse_objects((sizes != expected).any(axis=1), "an RLE of another size than its image")
         covers = rle_covers_image(rles.field("counts"), expected.astype(np.int64).prod(axis=1))
-        self._refuse_objects(~covers, "an RLE that does not cover its image exactly")
+        self._refuse_objects(~covers, "an RLE that does not cover its image exactly or has empty runs")
 
     def _refuse_objects(self, is_bad: np.ndarray, fault: str) -> None:
         if is_bad.any():
@@ -245,28 +245,29 @@ class _Sentences:
 
     def _merged_masks(self) -> pa.StructArray:
         """The union of the targets of each sentence. Sentences with the same targets share one merging."""
-        rles = self.objects.field("segmentation")
-        crowd = self.objects.field("iscrowd").to_numpy(zero_copy_only=False)
+        distinct, numbers = np.unique(self.positions, return_inverse=True)  # only objects that are targets
+        counts = self.objects.field("segmentation").field("counts").take(pa.array(distinct))
+        crowd = self.objects.field("iscrowd").take(pa.array(distinct)).to_pylist()
+        sizes, texts, targets = self.sizes[self.image_of_sentence], counts.to_pylist(), numbers.tolist()
         ends = np.cumsum(self.targets_each)
-        chosen = np.zeros(len(ends), np.int64)  # number of the RLE: an object, or one of `merged` after them
+        chosen = np.zeros(len(ends), np.int64)  # number of the RLE: a target, or one of `merged` after them
         single = self.targets_each == 1
-        chosen[single] = self.positions[ends[single] - 1]
+        chosen[single] = numbers[ends[single] - 1]
         merged: list[str] = []
         number_of: dict[tuple[int, ...], int] = {}
-        sizes = self.sizes[self.image_of_sentence].tolist()
-        counts, positions, stops = rles.field("counts"), self.positions.tolist(), ends.tolist()
-        for row, length in zip(np.flatnonzero(~single).tolist(), self.targets_each[~single].tolist()):
-            height, width = sizes[row]
-            places = tuple(positions[stops[row] - length : stops[row]])
-            key = places or (-height, -width)
+        rows = np.flatnonzero(~single)
+        columns = (values[rows].tolist() for values in (ends, self.targets_each, sizes))
+        for row, stop, length, (height, width) in zip(rows.tolist(), *columns):
+            places = sorted(targets[stop - length : stop])
+            key = tuple(places) or (-height, -width)
             if key not in number_of:
                 number_of[key] = len(counts) + len(merged)
-                targets = [{"size": [height, width], "counts": counts[n].as_py()} for n in places]
-                merged.append(merge_rles(targets, crowd[list(places)], height, width)["counts"])
+                rles = [{"size": [height, width], "counts": texts[n]} for n in places]
+                merged.append(merge_rles(rles, [crowd[n] for n in places], height, width)["counts"])
             chosen[row] = number_of[key]
         every = pa.concat_arrays([counts, pa.array(merged, pa.string())])
-        del merged, number_of, positions, stops
-        flat = pa.array(self.sizes[self.image_of_sentence].astype(np.int32).ravel())
+        del merged, number_of, texts, targets
+        flat = pa.array(sizes.astype(np.int32).ravel())
         arrays = [list_column(flat, [2] * len(sizes)), every.take(pa.array(chosen))]
         return pa.StructArray.from_arrays(arrays, names=["size", "counts"])
 

@@ -105,8 +105,21 @@ def _checked_counts(rle: dict, height: int, width: int) -> tuple[list[int], str 
     elif sum(counts) != height * width:
         fault = "RLE that does not cover its image exactly"
     else:
-        return counts, None
+        return _without_empty_runs(counts), None
     return [height * width], fault
+
+
+def _without_empty_runs(counts: list[int]) -> list[int]:
+    """The same mask; only the first run may be empty, because pycocotools merges other RLEs wrongly or crashes."""
+    if all(counts[1:]):
+        return counts
+    joined = counts[:1]
+    for index, run in enumerate(counts[1:], 1):
+        if run and index % 2 == len(joined) % 2:
+            joined.append(run)
+        else:  # of the kind of the run before, or empty
+            joined[-1] += run
+    return joined
 
 
 def _decoded_counts(text: str) -> list[int] | None:
@@ -132,11 +145,13 @@ def _decoded_counts(text: str) -> list[int] | None:
 
 
 def rle_covers_image(counts: pa.StringArray, pixels: np.ndarray) -> np.ndarray:
-    """Whether each compressed RLE covers its image exactly, (n,) bool; the same rules as for one in `to_rle`.
+    """Whether each compressed RLE covers its image exactly, without empty runs after the first, (n,) bool.
+
+    `to_rle` makes such RLEs. Merging others, pycocotools stops too early or writes outside its memory.
 
     Args:
         counts: n texts.
-        pixels: (n,) height times width of the images.
+        pixels: (n,) height times width of the images, at most `MAX_PIXELS`.
     """
     if counts.null_count:
         counts = counts.fill_null("")
@@ -162,42 +177,58 @@ def _cover(text: np.ndarray, ends: np.ndarray, pixels: np.ndarray) -> np.ndarray
     bits = text - np.uint8(48)  # characters below "0" wrap to more than 63
     if bits.max() > 63:
         is_valid[np.searchsorted(ends, np.flatnonzero(bits > 63), side="right") - 1] = False
-    is_valid[is_valid] = (bits[stops[is_valid] - 1] & 32) == 0  # else the last number goes on
-    is_last = (bits & 32) == 0  # of a number
-    is_last[stops[stops > starts] - 1] = True  # so that numbers do not cross texts
+    is_last = bits & 32 == 0  # of a number
+    is_valid[is_valid] = is_last[stops[is_valid] - 1]  # else the last number goes on
+    is_last[stops[stops > 0] - 1] = True  # so that numbers do not cross texts
     last = np.flatnonzero(is_last)
-    digits = np.diff(last, prepend=-1)
-    number_bounds = np.searchsorted(last, ends)  # of the numbers of each text
-    first, numbers_each = number_bounds[:-1], np.diff(number_bounds)
-    values = _numbers(bits, last, np.minimum(digits, 7))
-    if digits.max() > 7:
-        is_valid[np.repeat(np.arange(len(first)), numbers_each)[digits > 7]] = False
-    # From its fourth number on, a text holds the difference to the number two places before: sums over every second
-    # number, less the sum before the text (odd places) or up to its first number (even places).
-    sums = np.empty(len(values) + 1, np.int64)
-    sums[0] = 0
-    sums[1::2], sums[2::2] = np.cumsum(values[0::2]), np.cumsum(values[1::2])
-    has_numbers = numbers_each > 0
-    begin = first[has_numbers]
-    before = np.where(begin >= 1, sums[begin], 0), sums[begin + 1]
-    lengths = numbers_each[has_numbers]
-    is_odd = (np.arange(len(values)) - np.repeat(begin, lengths)) % 2 == 1
-    counts = sums[1:] - np.where(is_odd, np.repeat(before[0], lengths), np.repeat(before[1], lengths))
-    counts[begin] = values[begin]
-    totals = np.concatenate([[0], np.cumsum(counts)])
-    is_valid &= totals[number_bounds[1:]] - totals[first] == pixels
-    if counts.min() < 0:
-        is_valid[np.repeat(np.arange(len(first)), numbers_each)[counts < 0]] = False
+    bounds = np.searchsorted(last, ends)  # of the numbers of each text
+    first, stop = bounds[:-1][is_valid], bounds[1:][is_valid]
+    is_valid[is_valid] = _runs_cover(_numbers(bits, is_last, last), first, stop, pixels[is_valid])
     return is_valid
 
 
-def _numbers(bits: np.ndarray, last: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """The numbers that end at these characters: 5 bits a digit, low digits first; bit 4 of the last is the sign."""
-    values = (bits[last] & 15).astype(np.int64) - (bits[last] & 16)
-    rest = np.flatnonzero(digits > 1)
-    place = 1
-    while len(rest):
-        values[rest] = (values[rest] << 5) + (bits[last[rest] - place] & 31)
-        place += 1
-        rest = rest[digits[rest] > place]
+def _numbers(bits: np.ndarray, is_last: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The numbers that end at the characters `last`: 5 bits a digit, low digits first; bit 4 of the last is the sign.
+
+    int32, as no run of an image is longer than `MAX_PIXELS`. Numbers that no valid RLE has become others of this kind.
+    """
+    values = ((bits & 31 ^ 16).view(np.int8) - np.int8(16)).astype(np.int16)  # of each character, as if it were last
+    goes_on = ~is_last[:-1]
+    values[1:] += (values[1:] * np.int16(31) + (bits[:-1] & 31)) * goes_on  # 32 times a last digit, and the one before
+    values = values[last].astype(np.int32)
+    place = np.flatnonzero(goes_on[:-1] & goes_on[1:] & is_last[2:])  # third digits from the end, which are rare
+    number = np.searchsorted(last, place + 2)
+    for _ in range(5):  # a number has at most 7 digits
+        high = np.clip(values[number], -(1 << 24), 1 << 24)  # does not overflow; what was outside remains too large
+        values[number] = (high << 5) + (bits[place] & 31)
+        has_more = ~is_last[place - 1]
+        place, number = place[has_more] - 1, number[has_more]
+    values[number] = MAX_PIXELS + 1
     return values
+
+
+def _runs_cover(values: np.ndarray, first: np.ndarray, stop: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Whether the runs of each text are 1 to `MAX_PIXELS` long (the first may be 0) and sum to its pixels, (n,) bool.
+
+    From its fourth number on, a text holds the difference to the number two places before. So the runs after the first
+    are sums over every second number, less the sum before.
+
+    Args:
+        values: the numbers of all texts.
+        first, stop: (n,) bounds of the numbers of each text, at least one.
+        pixels: (n,).
+    """
+    total = values[first].astype(np.int64)
+    fits = (total >= 0) & (total <= MAX_PIXELS)
+    for parity in 0, 1:
+        every_second = values[parity::2]
+        sums = np.zeros(len(every_second) + 2, np.int64)  # 0 before the first, and one place for the last bound
+        np.cumsum(every_second, out=sums[1:-1])
+        begin, end = (first - parity) // 2 + 2, (stop - parity + 1) // 2 + 1  # in `sums`, without the first number
+        base = sums[begin - 1]
+        bounds = np.stack([begin, end], axis=1).ravel()
+        shortest, longest, covered = (f.reduceat(sums, bounds)[::2] for f in (np.minimum, np.maximum, np.add))
+        is_empty = begin == end  # as in a text of one number
+        fits &= is_empty | ((shortest > base) & (longest - base <= MAX_PIXELS))
+        total += np.where(is_empty, 0, covered - (end - begin) * base)
+    return fits & (total == pixels)

@@ -128,7 +128,7 @@ def _image_row_fault(
         if list(item["segmentation"]["size"]) != [height, width]:
             return f"has an RLE of another size than its image (object {item['ann_id']})"
         if not covers_image:
-            return f"has an RLE that does not cover its image exactly (object {item['ann_id']})"
+            return f"has an RLE that does not cover its image exactly or has empty runs (object {item['ann_id']})"
     if len(by_id) < len(objects):
         ids = [item["ann_id"] for item in objects]
         twice = next(ann_id for i, ann_id in enumerate(ids) if ann_id in ids[:i])

@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 from grefcoco_data.annotations import Problems
 from grefcoco_data.expressions import ALL_FEATURES, ExpressionTable, Step, expression_features
 from grefcoco_data.images import image_size, pixel_fault
-from grefcoco_data.masks import empty_rle, merge_rles
+from grefcoco_data.masks import MAX_PIXELS, empty_rle, merge_rles, rle_covers_image
 from grefcoco_data.mevis import MaskFile, Video, open_frames, open_masks, palette_masks
 from grefcoco_data.rows import EXPRESSION, EXPRESSION_FEATURES, IMAGE_FEATURES, RLE, list_column
 from grefcoco_data.video_collections import video_collection_of
@@ -197,7 +197,8 @@ def load_videos(
         columns: Columns to keep; without images, no image is read.
 
     Raises:
-        ValueError: unknown configuration, split, layout or column.
+        ValueError: unknown configuration, split, layout or column; or a mask that is not one of its video, of a stream
+            when the video is read.
     """
     video_collection_of(config)
     features = {"video": VIDEO_FEATURES, "image": IMAGE_FEATURES}.get(layout, EXPRESSION_FEATURES)
@@ -218,21 +219,50 @@ def load_videos(
 def _arrange(
     videos: datasets.Dataset | datasets.IterableDataset, layout: str, columns: list[str]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    if layout == "video":
-        return videos.select_columns(columns)
     if isinstance(videos, datasets.Dataset):
-        return _frame_rows(videos, columns)
+        _check_masks(videos.data.table)
+        return videos.select_columns(columns) if layout == "video" else _frame_rows(videos, columns)
     # as tables, as in `loading`: rows that Python functions make have no types of their own
-    stored = [name for name in VIDEO_FEATURES if name != "frames" or "image" in columns]
-    of_images = layout == "image"
-    rows, features = (_image_table, _image_features) if of_images else (_frame_table, expression_features)
-    stream = videos.select_columns(stored).with_format("arrow")
-    stream = stream.map(rows, batched=True, batch_size=1, fn_kwargs={"columns": columns})
+    has_frames = "frames" in columns or "image" in columns
+    stream = videos.select_columns([name for name in VIDEO_FEATURES if name != "frames" or has_frames])
+    rows, features = {
+        "video": (_video_table, _video_features),
+        "image": (_image_table, _image_features),
+    }.get(layout, (_frame_table, expression_features))
+    stream = stream.with_format("arrow").map(rows, batched=True, batch_size=1, fn_kwargs={"columns": columns})
     return stream.with_format(None).cast(features(columns))
+
+
+def _check_masks(videos: pa.Table) -> None:
+    """Refuse masks that would crash in C code or are not of their video."""
+    sizes = zip(videos["height"].to_pylist(), videos["width"].to_pylist())
+    for video, names, objects, size in zip(videos["video_id"], videos["frame_names"], videos["objects"], sizes):
+        if min(size) <= 0 or size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"The rows cannot be used: video {video} has a width and height that no frame can have.")
+        frames = objects.values.field("segmentations")
+        if pc.any(pc.not_equal(pc.list_value_length(frames), len(names))).as_py():
+            raise ValueError(f"The rows cannot be used: video {video} has an object without a mask or null per frame.")
+        masks = frames.flatten().drop_null()
+        shapes = masks.field("size").flatten().to_numpy(zero_copy_only=False)
+        covers = rle_covers_image(masks.field("counts"), np.full(len(masks), size[0] * size[1]))
+        if len(shapes) != 2 * len(masks) or (shapes.reshape(-1, 2) != size).any() or not covers.all():
+            fault = "has an RLE that does not cover its frame exactly or has empty runs"
+            raise ValueError(f"The rows cannot be used: video {video} {fault}.")
+
+
+def _video_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """One video row, checked, with these columns."""
+    _check_masks(videos)
+    return videos.select(columns)
+
+
+def _video_features(columns: Sequence[str]) -> Features:
+    return Features({name: VIDEO_FEATURES[name] for name in columns})
 
 
 def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn one video row, given as a table, into frame rows; the sentences of a frame share the bytes of its image."""
+    _check_masks(videos)
     video = _without_frames(videos)
     places = [(frame, expression) for frame in range(len(video["frame_names"])) for expression in video["expressions"]]
     rows = [frame_row(video, frame, expression, columns) for frame, expression in places]
@@ -241,6 +271,7 @@ def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
 
 def _image_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn one video row, given as a table, into image rows, one per frame; none where the video has no sentence."""
+    _check_masks(videos)
     video = _without_frames(videos)
     frames = range(len(video["frame_names"]) if video["expressions"] else 0)
     return _table([_image_row(video, frame, columns) for frame in frames], _image_features(columns), videos, frames)

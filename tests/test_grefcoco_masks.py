@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,70 @@ def test_rle_round_trip(packed):
     for counts in (rle["counts"].decode(), masks._decoded_counts(rle["counts"].decode())):
         copy, fault = masks.to_rle({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH)
         assert fault is None and copy["counts"].encode() == rle["counts"]
+
+
+def compressed(counts: list[int], digits: list[int]) -> str:
+    """Text of run lengths, each number with at least this many digits."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        width = digits[i]
+        while not -(1 << 5 * width - 1) <= value < 1 << 5 * width - 1:
+            width += 1
+        text += "".join(chr(48 + (value >> 5 * n & 31 | 32 * (n < width - 1))) for n in range(width))
+    return text
+
+
+RUNS = st.one_of(st.integers(0, 40), st.integers(0, masks.MAX_PIXELS), st.integers(-(1 << 34), 1 << 34))
+TEXTS = st.lists(st.tuples(RUNS, st.integers(1, 8)), min_size=1, max_size=8).map(
+    lambda pairs: (compressed(*map(list, zip(*pairs))), sum(run for run, _ in pairs))
+)
+
+
+@given(st.lists(st.tuples(TEXTS, st.sampled_from([0, 0, 0, 1])), max_size=12), st.sampled_from([1, 30, 1 << 18]))
+@settings(max_examples=200, deadline=None)
+def test_rles_of_many_digits_are_checked_as_by_hand(drawn, block):
+    texts = [text for (text, _), _ in drawn]
+    pixels = [(area + more) % (1 << 32) % masks.MAX_PIXELS + 1 - (area > 0) for (_, area), more in drawn]
+
+    def covers(text: str, area: int) -> bool:
+        counts = masks._decoded_counts(text)
+        return bool(counts) and counts[0] >= 0 and all(run > 0 for run in counts[1:]) and sum(counts) == area
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "BLOCK", block)
+        checked = masks.rle_covers_image(pa.array(texts, pa.string()), np.array(pixels, np.int64))
+    assert checked.tolist() == list(map(covers, texts, pixels))
+
+
+def test_numbers_of_eight_digits_are_refused():
+    texts = [compressed([0, 5], [1, digits]) for digits in range(1, 10)]
+    texts += [compressed([0, 5 << 5], [1, 8]), compressed([0, 5 << 10], [1, 9])]  # without their lowest digits 5
+    assert masks.rle_covers_image(pa.array(texts), np.full(11, 5)).tolist() == [True] * 7 + [False] * 4
+
+
+def test_sums_beyond_64_bits_are_refused():
+    """Runs of 2^28, 2 * 2^28, 3 * 2^28, ... whose sum is 2^64, between runs of 1."""
+    steps = 1
+    while steps * (steps + 1) // 2 < 1 << 36:
+        steps += 1
+    excess = steps * (steps + 1) // 2 - (1 << 36)  # one step of 0 before the last runs takes it away
+    step = compressed([1 << 28], [1])
+    numbers = [step + "0"] * steps
+    numbers[0], numbers[steps - excess] = step + "1", "00"
+    assert not masks.rle_covers_image(pa.array(["0" + "".join(numbers)]), np.array([steps])).any()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12).filter(any))
+@settings(max_examples=100, deadline=None)
+def test_empty_runs_are_joined(counts):
+    height = sum(counts)
+    rle, fault = masks.to_rle({"size": [height, 1], "counts": counts}, height, 1)
+    expected = np.repeat(np.arange(len(counts)) % 2, counts)
+    assert fault is None and np.array_equal(masks.decode_mask(rle)[:, 0], expected)
+    assert rle == masks.encode_mask(expected[:, None])
+    whole = compressed(counts, [1] * len(counts))
+    assert masks.rle_covers_image(pa.array([whole]), np.array([height])).tolist() == [0 not in counts[1:]]
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=30, max_codepoint=130), max_size=40))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -478,6 +481,37 @@ def test_check_finds_damage(genuine, tmp_path, capsys):
         file.write(b"x")
     assert main(["check", str(tmp_path / "out"), "--config", "mevis"]) == 1
     assert "DAMAGED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["video", "frame"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        ("size", [10**6, 10**6], "RLE"),
+        ("size", [0, 0], "RLE"),
+        ("counts", "202", "RLE"),
+        ("counts", "0" * 100_000, "RLE"),
+        ("counts", None, "RLE"),
+        ("height", -1, "width and height"),
+        ("segmentations", [], "per frame"),
+    ],
+)
+def test_masks_of_a_strangers_file_are_refused_before_c_code_reads_them(
+    built, tmp_path, place, value, fault, streaming, layout
+):
+    folder = tmp_path / tmp_path.name  # `datasets` caches by the folder's name
+    shutil.copytree(built, folder)
+    (path,) = folder.rglob("valid_u*.parquet")
+    rows = pq.read_table(path)
+    videos = rows.to_pylist()
+    item = videos[0]["objects"][0]
+    changed = next(mask for mask in item["segmentations"] if mask)
+    {"height": videos[0], "segmentations": item}.get(place, changed)[place] = value
+    pq.write_table(pa.Table.from_pylist(videos, rows.schema), path)
+    load = {"config": "mevis", "split": "valid_u", "streaming": streaming, "layout": layout}
+    with pytest.raises(ValueError, match=f"video {videos[0]['video_id']} .*{fault}"):
+        next(iter(grefcoco.load(folder, **load)))
 
 
 @pytest.mark.parametrize(
