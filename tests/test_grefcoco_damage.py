@@ -225,6 +225,7 @@ def plain_rows(folder: Path) -> Iterator[dict]:
         raise ValueError(str(error)) from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_random_damage_crashes_nothing(built, tmp_path, number):
     done = Forked(run_on_random_damage, built, tmp_path, number).wait(timeout=60 + 10 * DAMAGED_BUILDS)
