@@ -24,11 +24,11 @@ $(DATA)/%/build.json: $(DATA)/scenes-%/instances.json
 	$(BIN)/python grefcoco.py build --annotations $(<D) --images $(<D)/train2014 --out $(@D)
 
 test: .venv/installed
-	@echo "The whole suite: about 10 minutes on two cores; 'make check' takes about 3."
+	@echo "The whole suite: about 10 minutes on two cores; 'make check' takes about 3 to 5."
 	$(BIN)/python -m pytest
 
 check: lint  # before a commit
-	@echo "The fast suite: about 3 minutes on two cores."
+	@echo "The fast suite: 3 to 5 minutes on two cores."
 	$(BIN)/python -m pytest -m 'not slow'
 
 lint: .venv/installed

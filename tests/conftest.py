@@ -24,14 +24,6 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_waits() -> None:
-    """`datasets` sleeps five seconds after streams that threads have read, for the sake of processes that end then."""
-    import datasets
-
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
-
-
 @pytest.fixture(scope="session")
 def scenes_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built folder of 36 scenes on which tests train; read only."""
