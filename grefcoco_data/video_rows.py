@@ -9,7 +9,7 @@ are visible on the frame; where none is, `no_target` is true.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,12 +225,24 @@ def _arrange(
     # as tables, as in `loading`: rows that Python functions make have no types of their own
     has_frames = "frames" in columns or "image" in columns
     stream = videos.select_columns([name for name in VIDEO_FEATURES if name != "frames" or has_frames])
-    rows, features = {
-        "video": (_video_table, _video_features),
-        "image": (_image_table, _image_features),
-    }.get(layout, (_frame_table, expression_features))
-    stream = stream.with_format("arrow").map(rows, batched=True, batch_size=1, fn_kwargs={"columns": columns})
-    return stream.with_format(None).cast(features(columns))
+    make, features = {
+        "video": (pa.Table.select, VIDEO_FEATURES),
+        "image": (_image_table, IMAGE_FEATURES),
+    }.get(layout, (_frame_table, ALL_FEATURES))
+    options = {"fn_kwargs": {"make": make, "columns": columns}}
+    stream = stream.with_format("arrow").map(_checked_rows, batched=True, batch_size=1, **options)
+    return stream.with_format(None).cast(_features_of(features, columns))
+
+
+def _checked_rows(videos: pa.Table, make: Callable[..., pa.Table], columns: Sequence[str]) -> pa.Table:
+    """The rows that `make` makes of one video row, whose masks are checked before."""
+    _check_masks(videos)
+    return make(videos, columns)
+
+
+def _features_of(features: Features, columns: Sequence[str]) -> Features:
+    """The features of these columns."""
+    return Features({name: features[name] for name in columns})
 
 
 def _check_masks(videos: pa.Table) -> None:
@@ -250,19 +262,8 @@ def _check_masks(videos: pa.Table) -> None:
             raise ValueError(f"The rows cannot be used: video {video} {fault}.")
 
 
-def _video_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """One video row, checked, with these columns."""
-    _check_masks(videos)
-    return videos.select(columns)
-
-
-def _video_features(columns: Sequence[str]) -> Features:
-    return Features({name: VIDEO_FEATURES[name] for name in columns})
-
-
 def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn one video row, given as a table, into frame rows; the sentences of a frame share the bytes of its image."""
-    _check_masks(videos)
     video = _without_frames(videos)
     places = [(frame, expression) for frame in range(len(video["frame_names"])) for expression in video["expressions"]]
     rows = [frame_row(video, frame, expression, columns) for frame, expression in places]
@@ -271,14 +272,11 @@ def _frame_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
 
 def _image_table(videos: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Turn one video row, given as a table, into image rows, one per frame; none where the video has no sentence."""
-    _check_masks(videos)
     video = _without_frames(videos)
     frames = range(len(video["frame_names"]) if video["expressions"] else 0)
-    return _table([_image_row(video, frame, columns) for frame in frames], _image_features(columns), videos, frames)
-
-
-def _image_features(columns: Sequence[str]) -> Features:
-    return Features({name: IMAGE_FEATURES[name] for name in columns})
+    return _table(
+        [_image_row(video, frame, columns) for frame in frames], _features_of(IMAGE_FEATURES, columns), videos, frames
+    )
 
 
 def _without_frames(videos: pa.Table) -> dict[str, object]:

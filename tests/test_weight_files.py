@@ -148,6 +148,15 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+def damage(content: np.ndarray, number: int, random: np.random.Generator) -> bytes:
+    """The bytes of a file, cut short (every eighth) or with up to 16 random ones."""
+    damaged = content[: random.integers(1, len(content))] if number % 8 == 0 else content.copy()
+    places = random.integers(0, len(damaged), 1 << (number % 5))
+    if number % 8:
+        damaged[places] = random.integers(0, 256, len(places))
+    return damaged.tobytes()
+
+
 @pytest.mark.slow
 def test_two_hundred_damaged_files_end_in_errors_and_never_in_a_signal(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
@@ -164,11 +173,7 @@ def test_two_hundred_damaged_files_end_in_errors_and_never_in_a_signal(tmp_path:
         write(tmp_path / name)
         content = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
         for i in range(40):
-            damaged = content[: random.integers(1, len(content))] if i % 8 == 0 else content.copy()
-            places = random.integers(0, len(damaged), 1 << (i % 5))
-            if i % 8:
-                damaged[places] = random.integers(0, 256, len(places))
-            (tmp_path / "damaged" / f"{i}-{name}").write_bytes(damaged.tobytes())
+            (tmp_path / "damaged" / f"{i}-{name}").write_bytes(damage(content, i, random))
     command = [sys.executable, "-W", "ignore", "-c", READ_ALL, tmp_path / "damaged"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-80:] + done.stderr
@@ -195,11 +200,7 @@ def test_two_hundred_damaged_keras_files_end_in_errors_and_never_in_a_signal(tmp
                 group.create_dataset(f"{layer}/kernel:0", data=values, **storage)
         content = np.frombuffer((tmp_path / "whole.h5").read_bytes(), np.uint8)
         for i in range(100):
-            damaged = content[: random.integers(1, len(content))] if i % 8 == 0 else content.copy()
-            places = random.integers(0, len(damaged), 1 << (i % 5))
-            if i % 8:
-                damaged[places] = random.integers(0, 256, len(places))
-            (tmp_path / "damaged" / f"{i}-{len(storage)}.h5").write_bytes(damaged.tobytes())
+            (tmp_path / "damaged" / f"{i}-{len(storage)}.h5").write_bytes(damage(content, i, random))
     command = [sys.executable, "-W", "ignore", "-c", READ_KERAS, tmp_path / "damaged"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-80:] + done.stderr
