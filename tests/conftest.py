@@ -14,6 +14,7 @@ from tests.sizes import LARGE
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # on stderr, where tests count the lines of errors
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that tests start would compile all modules again
 CACHE = tempfile.mkdtemp(prefix="grefcoco-tests-")
 os.environ["HF_HOME"] = CACHE  # test processes that run at the same time must not write remote code to one folder
 settings.register_profile("suite", deadline=None, derandomize=not LARGE)  # the same examples in every run

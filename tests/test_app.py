@@ -72,6 +72,7 @@ def answer_of(**parts: object) -> Callable[..., list[dict]]:
     return segment
 
 
+@pytest.mark.slow
 def test_boxes_are_drawn_outside_outlines_and_counted_where_the_model_gives_them() -> None:
     (card,) = app.run_model(answer_of(boxes=[[8.0, 8.0, 40.0, 48.0]], scores=[0.876]), SCENE, "a box")
     text = result_cards.card_html(card, 0.5)
@@ -100,6 +101,7 @@ def test_a_model_with_boxes_alone_gets_cards() -> None:
     assert "<svg" in text and 'class="marked"' not in text and "mask.png" not in text
 
 
+@pytest.mark.slow
 def test_downloads_hold_the_mask_and_the_answers(segment: "CountingPipeline") -> None:
     (card,) = app.run_model(segment, SCENE, "the blue square")
     text = app.cards_html([card], 0.5)
@@ -185,6 +187,7 @@ def test_threshold_slider_starts_at_the_threshold_of_the_model(no_target_thresho
     assert slider.value == no_target_threshold
 
 
+@pytest.mark.slow
 def test_model_runs_once_on_a_picture_of_limited_size(segment: CountingPipeline) -> None:
     runs = segment.runs
     cards = app.run_model(segment, SCENE.resize((3000, 1500)), " the blue square \n\nthe green square\n")
@@ -369,6 +372,7 @@ def test_page_marks_a_target_and_reports_no_target(tab: object, scene: Path) -> 
     assert find_sentences(tab, "the red square")[0] != marked
 
 
+@pytest.mark.slow
 def test_slider_does_not_run_the_model_again(tab: object, scene: Path, segment: CountingPipeline) -> None:
     upload(tab, scene)
     find_sentences(tab, "the blue square", "the green square")
@@ -384,6 +388,7 @@ def test_slider_does_not_run_the_model_again(tab: object, scene: Path, segment: 
     assert segment.runs == runs
 
 
+@pytest.mark.slow
 def test_an_unreadable_file_gives_a_message(tab: object, scene: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("This is text, not a picture.")
     tab.set_input_files("#picture input[type=file]", str(tmp_path / "letter.png"))
@@ -396,6 +401,7 @@ def test_an_unreadable_file_gives_a_message(tab: object, scene: Path, tmp_path: 
     assert find_sentences(tab, "the blue square"), "the page still works"
 
 
+@pytest.mark.slow
 def test_page_works_with_the_keyboard_alone(tab: object) -> None:
     tab.get_by_role("button", name="Example 1").focus()
     tab.keyboard.press("Enter")
@@ -413,6 +419,7 @@ def test_page_works_with_the_keyboard_alone(tab: object) -> None:
     tab.wait_for_function("() => document.querySelectorAll('.card').length === 1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_page_fits_the_screen(tab: object, scene: Path, width: int) -> None:
     tab.set_viewport_size({"width": width, "height": 700})
@@ -426,6 +433,7 @@ def test_page_fits_the_screen(tab: object, scene: Path, width: int) -> None:
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280), "cards are side by side only on a wide screen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_results_are_on_the_screen_and_level_with_the_inputs(
     tab: object, scene: Path, width: int, height: int
@@ -439,6 +447,7 @@ def test_results_are_on_the_screen_and_level_with_the_inputs(
         assert abs(tops[0] - tops[1]) < 8
 
 
+@pytest.mark.slow
 def test_a_new_picture_or_an_error_clears_the_old_cards(tab: object, scene: Path, tmp_path: Path) -> None:
     upload(tab, scene)
     find_sentences(tab, "the blue square")
@@ -451,6 +460,7 @@ def test_a_new_picture_or_an_error_clears_the_old_cards(tab: object, scene: Path
     tab.wait_for_selector(".card", state="detached")
 
 
+@pytest.mark.slow
 def test_find_is_off_while_the_model_runs(tab: object, scene: Path, segment: CountingPipeline) -> None:
     upload(tab, scene)
     tab.fill("#sentences textarea", "the blue square")
@@ -465,6 +475,7 @@ def test_find_is_off_while_the_model_runs(tab: object, scene: Path, segment: Cou
     tab.wait_for_selector(".card")
 
 
+@pytest.mark.slow
 def test_masks_and_boxes_can_be_hidden_and_a_picture_enlarged(tab: object, scene: Path) -> None:
     upload(tab, scene)
     find_sentences(tab, "the blue square")
@@ -480,6 +491,7 @@ def test_masks_and_boxes_can_be_hidden_and_a_picture_enlarged(tab: object, scene
     assert tab.query_selector(".card .view").bounding_box()["height"] < 600
 
 
+@pytest.mark.slow
 def test_names_of_files_are_shown_as_text(tab: object, tmp_path: Path) -> None:
     path = tmp_path / "<img src=x onerror=alert(1)>.png"
     path.write_text("no picture")
@@ -489,6 +501,7 @@ def test_names_of_files_are_shown_as_text(tab: object, tmp_path: Path) -> None:
     assert tab.get_by_text("No picture in this file.").is_visible()
 
 
+@pytest.mark.slow
 def test_files_that_are_too_large_are_refused(tab: object, address: str, tmp_path: Path) -> None:
     large = b"x" * (21 << 20)
     (tmp_path / "large.png").write_bytes(large)

@@ -153,6 +153,7 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_whatever_surrounds_the_weights_in_a_file_is_left_out(tmp_path: Path) -> None:
     weights = Golden("r50_wide").weights
     wrapped = {f"module.{name}": value.half() for name, value in weights.items()}
@@ -168,6 +169,7 @@ def test_whatever_surrounds_the_weights_in_a_file_is_left_out(tmp_path: Path) ->
     assert infer_config(found, 4).to_dict() == infer_config(read_weights(tmp_path / "parallel.pth"), 4).to_dict()
 
 
+@pytest.mark.slow
 def test_command_names_what_is_missing_or_does_not_fit_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -207,6 +207,7 @@ def predict(server: Server, dataset: Path, out: Path, *options: str) -> list[str
     return ["predict", *data, "--grammar", "qwen3", "--concurrency", "2", "--batch-size", "4", *options]
 
 
+@pytest.mark.slow
 def test_outcomes_are_counted_and_scored(dataset, tmp_path, capsys):
     rows = list(grefcoco.load(dataset, split="train"))
     out = tmp_path / "train.jsonl"
@@ -237,6 +238,7 @@ def test_outcomes_are_counted_and_scored(dataset, tmp_path, capsys):
         assert gres["N_acc"] == pytest.approx((none - 1) / none) and gres["T_acc"] == 1
 
 
+@pytest.mark.slow
 def test_old_answers_are_read_again(dataset, tmp_path, capsys):
     rows = list(grefcoco.load(dataset, split="train"))
     out = tmp_path / "train.jsonl"

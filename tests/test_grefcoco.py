@@ -176,6 +176,7 @@ def test_every_row_is_read_once_for_any_world_size(built, world, shuffled):
     assert sorted(sent_ids) == sorted(grefcoco.load(built, split="train")["sent_id"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_stream_resumes_exactly_anywhere(built, shuffled):
     def stream() -> datasets.IterableDataset:
@@ -203,6 +204,7 @@ def test_workers_of_a_loader_share_the_stream(built):
         assert sorted(sent_ids) == sorted(mapped.with_format(None)["sent_id"])
 
 
+@pytest.mark.slow
 def test_builder_works_in_processes(genuine, built):
     builder = grefcoco.Grefcoco(annotations=str(genuine), images=str(genuine / "train2014"), hash="processes")
     builder.download_and_prepare(num_proc=2)

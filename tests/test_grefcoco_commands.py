@@ -142,6 +142,7 @@ def test_workers_end_with_a_killed_build():
     assert build.wait() == -9 and len(set(workers)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_full_disk_is_one_line_and_leaves_nothing(genuine, tmp_path, processes):
     """A limit on the size of files acts as a full disk: writing fails halfway."""
@@ -205,6 +206,7 @@ def test_official_counts_add_up():
     assert all(row[2] == sum(row[3:6]) for row in counts)
 
 
+@pytest.mark.slow
 def test_stats_and_show_write_pictures(genuine, built, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for source in (genuine, built):

@@ -189,6 +189,7 @@ def deep(depth: int) -> bytes:
     return b"\x80\x02]}U\x06ref_id" + b"]" * depth + b"a" * (depth - 1) + b"sa."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["memo", "memo in text", "bytes", "deep"])
 def test_pickles_that_take_much_memory_or_depth_are_refused(genuine, content):
     as_family(genuine, 2)
@@ -516,6 +517,7 @@ def fuzz(genuine: Path, seed: int, count: int) -> tuple[int, int]:
     return loaded, refused
 
 
+@pytest.mark.slow
 def test_mutated_files_load_or_fail_clearly(genuine):
     loaded, refused = fuzz(genuine, seed=random.Random(1).randrange(10**6), count=300)
     assert loaded > 50 and refused > 50
@@ -537,6 +539,7 @@ REFS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(REFS)
 @settings(max_examples=100, deadline=None)
 def test_any_list_of_refs_loads_whole_or_fails_once(tmp_path_factory, refs):

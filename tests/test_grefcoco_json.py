@@ -48,6 +48,7 @@ def reads(folder: Path, text: bytes) -> tuple[object, object]:
     return tuple(contents)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(SEGMENTATIONS, TEXT, TEXT), max_size=6), st.sampled_from(FORMS))
 @settings(max_examples=150, deadline=None)
 def test_content_is_that_of_json(tmp_path_factory, items, form):
@@ -112,6 +113,7 @@ def test_unusual_files_give_the_content_of_json(tmp_path, name):
         )
 
 
+@pytest.mark.slow
 def test_flipped_bytes_give_the_content_of_json_or_an_error(tmp_path):
     """After a flipped byte the result is that of `json`, or both raise (except for `01` and `1.`)."""
     made = random.Random(0)

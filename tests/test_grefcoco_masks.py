@@ -27,6 +27,7 @@ def test_valid_polygons_give_the_masks_of_pycocotools(rings):
     assert rle["counts"].encode() == coco_mask.merge(coco_mask.frPyObjects(polygons, HEIGHT, WIDTH))["counts"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.one_of(VALUES, st.lists(NUMBERS, max_size=12)), max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_any_polygons_give_a_mask_of_the_image(segmentation):
@@ -36,6 +37,7 @@ def test_any_polygons_give_a_mask_of_the_image(segmentation):
     assert fault or len(segmentation) > 0
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["size", "counts"]), VALUES))
 @settings(max_examples=200, deadline=None)
 def test_any_rle_gives_a_mask_of_the_image(segmentation):
@@ -72,6 +74,7 @@ TEXTS = st.lists(st.tuples(RUNS, st.integers(1, 8)), min_size=1, max_size=8).map
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(TEXTS, st.sampled_from([0, 0, 0, 1])), max_size=12), st.sampled_from([1, 30, 1 << 18]))
 @settings(max_examples=200, deadline=None)
 def test_rles_of_many_digits_are_checked_as_by_hand(drawn, block):

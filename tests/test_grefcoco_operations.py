@@ -9,7 +9,7 @@ import itertools
 import json
 import pickle
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -300,8 +300,19 @@ def loaded(rows: Rows) -> list[dict]:
     return [row for batch in loading.DataLoader(rows, batch_size=4, num_workers=2, collate_fn=list) for row in batch]
 
 
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("kind", ["map", "stream"])
+# `datasets` waits five seconds for the threads of these
+WAITING = [("stream", name) for name in ("interleave", "interleave at random", "shuffle", "set_epoch")]
+
+
+def timed(cases: Iterable[tuple[str, str]]) -> list[object]:
+    """The cases, the slow ones marked: those that wait, and those in two processes."""
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case in WAITING or "two processes" in case[1] else ())
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("kind", "name"), timed((kind, name) for name in BOTH for kind in ("map", "stream")))
 def test_operation_gives_the_rows(rows, stream, plain, kind, name):
     operation, expected = BOTH[name]
     if name == "torch":
@@ -333,7 +344,7 @@ ALL_AS_PLAIN = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name"), ALL_AS_PLAIN)
+@pytest.mark.parametrize(("kind", "name"), timed(ALL_AS_PLAIN))
 def test_operation_gives_what_it_gives_on_plain_rows(rows, stream, plain_rows, kind, name):
     operation = (AS_PLAIN | (OF_TABLES if kind == "map" else OF_STREAMS))[name]
     results, expected = (

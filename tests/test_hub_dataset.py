@@ -142,6 +142,7 @@ def test_private_set_needs_its_owners_token(hub: Hub, genuine: Path, tmp_path: P
         assert not refused.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["hf_you", "hf_expired"])
 def test_push_without_the_right_is_one_line(hub: Hub, genuine: Path, token: str) -> None:
     refused = push(hub, genuine, token)

@@ -89,6 +89,7 @@ def dense_scores(prediction: np.ndarray, truth: np.ndarray, tolerance: float) ->
     return region, 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     seed=st.integers(0, 2**32 - 1),

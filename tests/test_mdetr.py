@@ -291,6 +291,7 @@ def test_compiles_without_graph_breaks(inputs: dict) -> None:
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

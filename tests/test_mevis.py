@@ -44,6 +44,7 @@ def built(genuine, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_video_rows_hold_the_genuine_files(genuine, built):
     rows = grefcoco.load(built, config="mevis", split="valid_u", layout="video")
     assert [row["video_id"] for row in rows] == list(SENTENCES)
@@ -136,8 +137,8 @@ OPERATIONS = {
 
 
 def fast(name: str) -> object:
-    """The name of an operation; of those in two processes one is enough for the fast suite."""
-    return pytest.param(name, marks=pytest.mark.slow) if "in two processes" in name else name
+    """The name of an operation; those in two processes are slow."""
+    return pytest.param(name, marks=pytest.mark.slow) if "two processes" in name else name
 
 
 @pytest.mark.parametrize("name", map(fast, OPERATIONS))
@@ -444,6 +445,7 @@ video_building.build_videos(sys.argv[1], sys.argv[2])
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands(genuine, built, tmp_path, capsys):
     assert main(["check", str(built), "--config", "mevis"]) == 0
     assert "not the official release (which has videos 50, expressions 793)" in capsys.readouterr().out

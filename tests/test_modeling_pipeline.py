@@ -82,6 +82,7 @@ def test_pipeline_gives_boxes_where_the_model_has_them(picture: Image.Image, tmp
     assert segment(picture, text="red", no_target_threshold=0.0)["boxes"].shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_trainer_fine_tunes_and_evaluates(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows = expression_rows()

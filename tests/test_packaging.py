@@ -38,6 +38,7 @@ def wheel(built):
     return zipfile.ZipFile(next(built.glob("*.whl")))
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_what_makes_the_wheel(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

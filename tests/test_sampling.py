@@ -3,6 +3,7 @@
 from functools import partial
 from itertools import islice
 
+import datasets
 import pytest
 from torch.utils.data import DataLoader
 
@@ -44,6 +45,7 @@ def ids(batches) -> list[list[int]]:
     return [[row["sent_id"] for row in batch] for batch in batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_sentence_comes_once_an_epoch(built, world_size):
     columns = ["sent_id", "image_id", "sentence"]
@@ -56,6 +58,7 @@ def test_every_sentence_comes_once_an_epoch(built, world_size):
     assert sorted(seen) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_epochs_differ_and_sentences_of_an_image_stay_together(built):
     part = stream(built)
     number = sum(1 for _ in part._plans(part.light, 0))
@@ -72,6 +75,7 @@ def test_a_start_is_as_if_it_had_run_until_there(built, start, monkeypatch):
     assert ids(islice(stream(built, start=start, columns=columns), 3)) == whole[start:]
 
 
+@pytest.mark.slow
 def test_workers_take_turns_and_resume_exactly(built):
     def loader(start: int) -> DataLoader:
         part = stream(built, start=start, columns=["sent_id", "image_id", "sentence"])
@@ -80,6 +84,14 @@ def test_workers_take_turns_and_resume_exactly(built):
     whole = ids(islice(loader(0), 560))
     assert ids(islice(loader(154), 6)) == whole[154:160], "in the first epoch"
     assert ids(islice(loader(554), 6)) == whole[554:], "in another one"
+
+
+def test_a_worker_that_is_ahead_does_not_change_the_order_of_another(built, monkeypatch):
+    """`datasets` keeps the epoch of a stream in memory that forked workers share."""
+    expected = ids(islice(stream(built, columns=["sent_id", "image_id", "sentence"]), 3))
+    set_epoch = datasets.IterableDataset.set_epoch
+    monkeypatch.setattr(datasets.IterableDataset, "set_epoch", lambda rows, epoch: set_epoch(rows, epoch + 1))
+    assert ids(islice(stream(built, columns=["sent_id", "image_id", "sentence"]), 3)) == expected
 
 
 def test_streamed_rows_are_the_rows_of_the_index(built):

@@ -65,6 +65,7 @@ def content(out: Path) -> dict[str, bytes]:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 def test_equal_arguments_write_equal_bytes(written, tmp_path):
     level, out = written
     command = f"from demo.scenes import write_scenes; write_scenes('{tmp_path}/again', {level!r}, 3, {IMAGES})"
@@ -104,6 +105,7 @@ def test_counts_and_ids(written):
     assert 6 < len(sent_ids) / len(coco.imgs) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", sorted(LEVELS))
 def test_shares_are_close_to_the_real_train_split(level):
     shares = Counter()

@@ -216,6 +216,7 @@ def test_the_ten_lines_of_the_readme(finished, dataset, capsys):
     )
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, dataset, tmp_path):
     flags = tiny(dataset, tmp_path / "part", eval_steps=3, checkpointing_steps=5)
     assert fork(train_and_die, "backward", 7, signal.SIGKILL, *flags).returncode == -9
@@ -227,6 +228,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, dataset, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(dataset, tmp_path, capfd, caplog):
     flags = tiny(dataset, tmp_path / "out", checkpointing_steps=3)
     assert train_here(*flags) == 0

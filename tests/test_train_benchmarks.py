@@ -42,6 +42,7 @@ def test_the_sections_are_filled(result):
     assert set(result["synchronisations"]) == {f"{name} {work}" for name in gpu.MODELS for work in ("step", "forward")}
 
 
+@pytest.mark.slow
 def test_a_row_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "cases", lambda: [gpu.Case("unified", "fp32", "step", 2, 2)])
     monkeypatch.setattr(gpu, "row", lambda case, rate: time.sleep(60))

@@ -181,6 +181,7 @@ def train_on_a_full_disk(*flags: str) -> int:
     return train_here(*flags)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_older_checkpoints_stay(dataset, tmp_path):
     flags = tiny(dataset, tmp_path / "out", checkpointing_steps=3)
     assert train_here(*flags, "--max_train_steps", 4) == 0
@@ -206,6 +207,7 @@ class Poisoned(processing_rela.RelaCollator):
         return batch
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(dataset, tmp_path, monkeypatch, caplog):
     rows = train.grefcoco.load(str(dataset), split="train", columns=["sent_id"])
     monkeypatch.setattr(Poisoned, "bad", frozenset({rows[5]["sent_id"]}))
@@ -220,6 +222,7 @@ def test_a_batch_that_is_not_finite_is_left_out_counted_and_named(dataset, tmp_p
     assert f"{len(named)} steps were skipped" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_with_one_line(dataset, tmp_path, capsys):
     flags = tiny(dataset, tmp_path / "out", max_train_steps=60, learning_rate=1e30, eval_steps=100)
     assert train_here(*flags, "--lr_warmup_steps", 0) == 2

@@ -112,7 +112,7 @@ def scenes(tmp_path_factory) -> Path:
 
 
 # the pictures of a run with targets take most of the time
-FAST = [kind for kind in KINDS if kind.startswith(("sentence ids", "no target", "categories"))]
+FAST = [kind for kind in KINDS if kind.startswith(("sentence ids", "categories"))]
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in KINDS])

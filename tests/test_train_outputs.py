@@ -87,6 +87,7 @@ def loss(out: Path) -> float:
     return json.loads((out / "metrics.json").read_text())["history"][0]["loss"]
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(one, dataset, tmp_path):
     out = tmp_path / "accumulated"
     assert train_here(*plain(dataset, out, per_device_train_batch_size=2, gradient_accumulation_steps=4)) == 0
@@ -145,6 +146,7 @@ def test_sharded_weights_are_whole_ones(dataset, tmp_path):
         assert done.returncode == 2 and "train.py: ema_decay is 0.9, and with FSDP" in done.stderr
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_are_the_same(one, dataset, tmp_path):
     assert train_here(*plain(dataset, tmp_path / "out"), "--gradient_checkpointing") == 0
     assert close(weights(one), weights(tmp_path / "out"))
@@ -165,12 +167,14 @@ def test_a_compiled_run_is_the_same(one, dataset, tmp_path, monkeypatch):
     assert close(weights(one), weights(tmp_path / "out"), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_half_precision_trains(one, dataset, tmp_path, precision):
     assert train_here(*plain(dataset, tmp_path / "out"), "--mixed_precision", precision) == 0
     assert loss(tmp_path / "out") == pytest.approx(loss(one), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_running_average_is_what_is_measured_and_saved(one, dataset, tmp_path):
     out = tmp_path / "out"
     assert train_here(*plain(dataset, out, ema_decay=0.999)) == 0
@@ -181,6 +185,7 @@ def test_the_running_average_is_what_is_measured_and_saved(one, dataset, tmp_pat
     assert 0 < sum(averaged) < 0.02 * sum(moved)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay(dataset, tmp_path):
     out = tmp_path / "out"
     assert train_here(*plain(dataset, out, frozen=["text_encoder."])) == 0

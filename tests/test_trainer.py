@@ -100,6 +100,7 @@ def test_labels_filled_up_for_other_processes_are_no_boxes():
     assert metrics(EvalPrediction(kept, {**labels, "target_boxes": moved})) != expected, "they are not looked at"
 
 
+@pytest.mark.slow
 def test_trainer_learns_a_batch(tmp_path):
     torch.manual_seed(0)
     model = RelaModel(tiny_config(mask_loss="bce_dice", loss_scale=1.0))
@@ -126,6 +127,7 @@ def _saved(model, folder):
     return folder / "saved"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_sentences(tmp_path):
     rows = [{**row, "sent_id": i} for i, row in enumerate(expression_rows())]
     peaks = []

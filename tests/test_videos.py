@@ -197,6 +197,7 @@ def test_broken_json_is_named(run, tmp_path, content, fault):
     assert run(tmp_path / "missing.json")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_model_of_images_answers_videos(run, dataset, tmp_path):
     """From a checkpoint to a submission of a split whose masks are withheld, and to scores of one that has them."""
     model = RelaModel(tiny_config(**INSTANCES))

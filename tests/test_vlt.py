@@ -200,6 +200,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_h5(tmp_path_factory.mktemp("keras") / "tiny.h5", keras_weights(VltModel(tiny_config())))
 
 
+@pytest.mark.slow
 def test_converted_folder_loads_by_remote_code_and_reads_text(checkpoint: Path, tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
     arguments = ["--num-attention-heads", "4", "--max-words", "6", "--word-vectors", str(tmp_path / "glove.txt")]
@@ -298,6 +299,7 @@ def test_a_file_that_is_no_h5_of_weights_is_one_error(tmp_path: Path, capsys: py
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_darknet_starts_from_a_keras_file(checkpoint: Path, tmp_path: Path) -> None:
     model, _ = new_model({name: x for name, x in SMALL.items() if name != "word_size"}, lambda: ["the red square"])
     load_backbone(model, str(checkpoint))

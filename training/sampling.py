@@ -132,13 +132,11 @@ class StreamedBatches(IterableDataset):
     ) -> None:
         self.columns, self.augmentation, self.batch_size = columns, augmentation, batch_size
         self.sentences_per_image, self.seed, self.rank, self.start = sentences_per_image, seed, rank, start
-        stored = ["image", "image_id", "file_name", "width", "height", "objects", "expressions"]
-        self.full, self.light = (
-            split_dataset_by_node(shuffle_shards(images(names), seed), rank, world_size)
-            for names in (stored, ["expressions"])
-        )
+        self.world_size = world_size
+        self.full = images(["image", "image_id", "file_name", "width", "height", "objects", "expressions"])
         self.full = self.full.cast_column("image", datasets.Image(decode=False))
-        self.num_shards = self.full.num_shards
+        self.light = images(["expressions"])
+        self.num_shards = self._shuffled(self.light, epoch=0).num_shards
 
     def __iter__(self) -> Iterator[list[dict]]:
         worker = get_worker_info()
@@ -165,8 +163,7 @@ class StreamedBatches(IterableDataset):
 
     def _plans(self, stream: datasets.IterableDataset, epoch: int) -> Iterator[list[tuple[dict, int]]]:
         """Batches of (image row, index of the expression in it)."""
-        stream.set_epoch(epoch)
-        source, waiting = iter(stream), []
+        source, waiting = iter(self._shuffled(stream, epoch)), []
         random = np.random.default_rng((self.seed, epoch, self.rank))
         while block := list(islice(source, BLOCK)):
             pairs = [(row, place) for row in block for place in range(len(row["expressions"]))]
@@ -176,6 +173,12 @@ class StreamedBatches(IterableDataset):
             while len(waiting) >= self.batch_size:
                 yield waiting[: self.batch_size]
                 waiting = waiting[self.batch_size :]
+
+    def _shuffled(self, stream: datasets.IterableDataset, epoch: int) -> datasets.IterableDataset:
+        # Not by `set_epoch`: workers share a stream's epoch in memory, so one that is ahead would change the order of
+        # another that is about to start its epoch.
+        seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+        return split_dataset_by_node(shuffle_shards(stream, seed), self.rank, self.world_size)
 
     def _rows(self, plan: list[tuple[dict, int]], epoch: int) -> list[dict]:
         rows, donor_rows = [], []
