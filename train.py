@@ -170,7 +170,8 @@ class Run:
     def train(self) -> None:
         """Train from `progress.step` to `max_train_steps`, measuring, recording and saving along the way."""
         config, progress = self.config, self.progress
-        self.accelerator.init_trackers("tracker", config=_scalars(dataclasses.asdict(config)))
+        wandb = {"name": self.output_dir.name, "dir": str(self.output_dir)}
+        self.accelerator.init_trackers("grefcoco", _scalars(dataclasses.asdict(config)), init_kwargs={"wandb": wandb})
         batches = self.batches(progress.step * config.gradient_accumulation_steps)
         started = time.perf_counter() - progress.seconds
         with tqdm(
