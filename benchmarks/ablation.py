@@ -103,6 +103,7 @@ def train(out: Path, flags: list[object], dataset: str) -> None:
     """Run train.py into `out`, unless its metrics.json exists."""
     if (out / "metrics.json").exists():
         return
+    out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / "train.py", *flags, "--dataset", dataset, "--output_dir", out]
     with open(out / "log.txt", "w") as log:
         subprocess.run(
