@@ -1,11 +1,13 @@
-"""benchmarks/gpu.py runs from its command to its file on a CPU, at tiny sizes."""
+"""The programs of benchmarks/ that train: gpu.py at tiny sizes on a CPU, the table of readers.py."""
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, readers
+from train import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,23 @@ def test_rows_that_no_time_is_left_for_are_listed(tmp_path):
     gpu.main(["--out", str(tmp_path / "gpu.json"), "--minutes", "-1"])
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert len(result["not_reached"]) == len(gpu.cases()) + 3 and result["rows"] == []
+
+
+def test_readers_are_compared_on_both_splits(tmp_path, monkeypatch, capsys):
+    def write_scores(out: Path, flags: list[object], dataset: str) -> None:
+        if "--eval_only" not in flags:
+            config = parse_config([*map(str, flags), "--dataset", dataset])
+            assert config.max_train_steps == 9 and config.seed in (0, 1)
+            assert (config.tokenizer is None) == (config.frozen == []) == ("text_config" in config.model)
+        gIoU = (20 if out.parent.name.startswith("small") else 40) + (1 if out.name == "testB" else 5)
+        out.mkdir(parents=True)
+        (out / "metrics.json").write_text(
+            json.dumps({"gres": {"gIoU": gIoU, "cIoU": 1, "N_acc": 1, "T_acc": 1}, "grec": {"F1_score": 1}})
+        )
+
+    monkeypatch.setattr(readers, "train", write_scores)
+    arguments = ["data", str(tmp_path), "--reader", "a/reader", "--steps", "9", "--seeds", "0", "1"]
+    monkeypatch.setattr("sys.argv", ["readers", *arguments])
+    readers.main()
+    table = [line.split("|")[2].split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table == ["25.00", "21.00", "45.00", "41.00"]
