@@ -108,11 +108,9 @@ def _measured(function: Callable, arguments: tuple) -> Measure:
     start = time.process_time()
     value = function(*arguments)
     seconds = value if isinstance(value, float) else time.process_time() - start
-    return (
-        seconds,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        value if isinstance(value, dict) else None,
-    )
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) / 1e6  # `ru_maxrss` counts what the parent had when it forked
+    return seconds, peak, value if isinstance(value, dict) else None
 
 
 def generate(generator: Path, folder: Path, sizes: dict[str, float]) -> Path:
