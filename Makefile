@@ -24,7 +24,7 @@ $(DATA)/%/build.json: $(DATA)/scenes-%/instances.json
 	$(BIN)/python grefcoco.py build --annotations $(<D) --images $(<D)/train2014 --out $(@D)
 
 test: .venv/installed
-	@echo "The whole suite: about 10 minutes on two cores; 'make check' takes about 3 to 5."
+	@echo "The whole suite: 10 to 25 minutes on two cores; 'make check' takes about 3 to 5."
 	$(BIN)/python -m pytest
 
 check: lint  # before a commit
