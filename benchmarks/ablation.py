@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,18 +65,26 @@ def main() -> None:
     recipes = {row: {**common, **flags, "model": {**model, **fields}} for row, (fields, flags) in ROWS.items()}
     runs = [(name, seed) for seed in options.seeds for name in options.rows]
     folders = {(name, seed): options.out / f"{list(ROWS).index(name)}-seed{seed}" for name, seed in runs}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [
-            pool.submit(run, recipes[name], ["--seed", seed, *added], folder, options.dataset)
+    run_all(
+        [
+            partial(run, recipes[name], ["--seed", seed, *added], folder, options.dataset)
             for (name, seed), folder in folders.items()
-        ]
-    for finished in waiting:
-        finished.result()
-    print("| row | " + " | ".join(SCORES) + " |\n|---" + "|---" * len(SCORES) + "|")
+        ],
+        options.jobs,
+    )
+    print(table_head("row"))
     for name in options.rows:
         measured = [answers(folders[name, seed], options.dataset) for seed in options.seeds]
         for kind in measured[0]:
             print(table_row(name + kind, [scores[kind] for scores in measured]))
+
+
+def run_all(runs: list[Callable[[], None]], jobs: int) -> None:
+    """Call all `runs`, `jobs` at a time; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(one) for one in runs]
+    for future in waiting:
+        future.result()
 
 
 def run(recipe: dict[str, object], flags: list[object], out: Path, dataset: str) -> None:
@@ -130,6 +140,11 @@ def calibrated(out: Path, dataset: str) -> dict[str, float]:
             measured[split] = Run(config).measure().gres
         path.write_text(json.dumps(measured["val"].compute(threshold=measured["testA"].choose_threshold())))
     return {**json.loads(path.read_text()), "grec/F1_score": float("nan")}
+
+
+def table_head(first: str) -> str:
+    """The head of a table of `SCORES`, with the name of its first column."""
+    return f"| {first} | {' | '.join(SCORES)} |\n|---{'|---' * len(SCORES)}|"
 
 
 def table_row(name: str, seeds: list[dict[str, float]]) -> str:

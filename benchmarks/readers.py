@@ -9,12 +9,12 @@ train.py. A run with a metrics.json is not repeated.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import yaml
 
-from benchmarks.ablation import RECIPE, SCORES, scores_of, table_row, train
+from benchmarks.ablation import RECIPE, run_all, scores_of, table_head, table_row, train
 from grefcoco_data.arguments import ArgumentParser
 from training.config import read_recipe
 
@@ -38,14 +38,14 @@ def main() -> None:
         for seed in options.seeds
         for name, recipe in (("small", small), ("pretrained", pretrained))
     }
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [
-            pool.submit(run, recipe, ["--seed", seed, *added], folder, options.dataset)
+    run_all(
+        [
+            partial(run, recipe, ["--seed", seed, *added], folder, options.dataset)
             for (_, seed), (recipe, folder) in runs.items()
-        ]
-    for finished in waiting:
-        finished.result()
-    print("| reader, sentences | " + " | ".join(SCORES) + " |\n|---" + "|---" * len(SCORES) + "|")
+        ],
+        options.jobs,
+    )
+    print(table_head("text encoder, sentences"))
     for name in ("small", "pretrained"):
         for split, words in SPLITS.items():
             scores = [scores_of(folder / split) for (row, _), (_, folder) in runs.items() if row == name]
